@@ -1,0 +1,1 @@
+"""Kernels: they know arrays and nothing of models."""
