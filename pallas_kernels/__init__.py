@@ -1,1 +1,9 @@
-"""Kernels: they know arrays and nothing of models."""
+"""Kernels: they know arrays and nothing of models.
+
+Each family has a `reference.py`, the plain mathematics that every implementation is held to.
+"""
+
+from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.flash_attention import attention
+
+__all__ = ["attention", "linear_cross_entropy"]

@@ -79,7 +79,6 @@ class ModelConfig:
     qk_norm: bool = False
     activation: str = "silu"  # "silu" or "gelu_tanh"
     attn_scale: float | None = None  # None: 1/sqrt(H)
-    attn_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     windows: tuple[int | None, ...] | None = None  # one a layer; None: all attend to everything
     norm_plus_one: bool = False  # Gemma stores the norm's weight minus one
@@ -146,7 +145,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Reads the dictionary of a Hugging Face `config.json`; raises UserError on what it lacks."""
+        """Reads the dictionary of a Hugging Face `config.json`; a UserError says what it lacks."""
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise UserError(
@@ -178,6 +177,8 @@ def _read(family: str, raw: Mapping[str, Any]) -> ModelConfig:
         if raw.get(switch) and not (switch == "attention_bias" and family == "qwen2"):
             raise UserError(f"config: {switch}=true is not supported for {family}")
     gemma = family == "gemma3_text"
+    if family == "mixtral":  # its defaults, where a config.json leaves them out
+        raw = {"rope_theta": 1e6, "rms_norm_eps": 1e-5, **raw}
     rope, rope_local = _read_rope(raw, gemma)
     activation = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
     activation = {"gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation)
@@ -200,7 +201,6 @@ def _read(family: str, raw: Mapping[str, Any]) -> ModelConfig:
         qk_norm=family in ("qwen3", "qwen3_moe", "gemma3_text"),
         activation=activation,
         attn_scale=raw.get("query_pre_attn_scalar", 256) ** -0.5 if gemma else None,
-        attn_soft_cap=raw.get("attn_logit_softcapping") if gemma else None,
         logit_soft_cap=raw.get("final_logit_softcapping") if gemma else None,
         windows=_read_windows(family, raw),
         norm_plus_one=gemma,
@@ -244,7 +244,8 @@ def _rope(raw: Mapping[str, Any], theta: float) -> Rope:
 
 
 def _read_windows(family: str, raw: Mapping[str, Any]) -> tuple[int | None, ...] | None:
-    window, layers = raw.get("sliding_window"), raw["num_hidden_layers"]
+    default = 4096 if family in ("mistral", "gemma3_text") else None
+    window, layers = raw.get("sliding_window", default), raw["num_hidden_layers"]
     if window is None or (family.startswith("qwen") and not raw.get("use_sliding_window")):
         return None
     kinds = raw.get("layer_types")
@@ -267,7 +268,7 @@ def _read_experts(family: str, raw: Mapping[str, Any]) -> Experts | None:
         if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
             raise UserError("config: a qwen3_moe model with dense layers between is not supported")
         return Experts(
-            num_experts=raw["num_experts"],
+            num_experts=raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"],
             top_k=raw["num_experts_per_tok"],
             d_ff=raw["moe_intermediate_size"],
             renormalise=bool(raw.get("norm_topk_prob", False)),
@@ -315,7 +316,6 @@ def _write(c: ModelConfig) -> dict[str, Any]:
     if c.family == "gemma3_text":
         raw["sliding_window"] = window or c.max_seq_len
         raw["query_pre_attn_scalar"] = round(c.scale**-2)
-        raw["attn_logit_softcapping"] = c.attn_soft_cap
         raw["final_logit_softcapping"] = c.logit_soft_cap
         raw["rope_parameters"] = {
             "full_attention": _write_rope(c.rope),

@@ -15,7 +15,7 @@ from flax import struct
 
 from jaxinfra.model.config import ModelConfig
 
-Leaf = Any  # jax.Array, numpy array or jax.ShapeDtypeStruct
+Leaf = Any  # jax.Array, numpy array or jax.ShapeDtypeStruct; None where a family has no such array
 
 
 @struct.dataclass
@@ -26,11 +26,11 @@ class Attention:
     k: Leaf  # [L, D, K, H]
     v: Leaf  # [L, D, K, H]
     o: Leaf  # [L, N, H, D]
-    q_bias: Leaf | None = None  # [L, N, H]
-    k_bias: Leaf | None = None  # [L, K, H]
-    v_bias: Leaf | None = None  # [L, K, H]
-    q_norm: Leaf | None = None  # [L, H]
-    k_norm: Leaf | None = None  # [L, H]
+    q_bias: Leaf = None  # [L, N, H]
+    k_bias: Leaf = None  # [L, K, H]
+    v_bias: Leaf = None  # [L, K, H]
+    q_norm: Leaf = None  # [L, H]
+    k_norm: Leaf = None  # [L, H]
 
 
 @struct.dataclass
@@ -60,8 +60,8 @@ class Layer:
     attn: Attention
     mlp_norm: Leaf  # [L, D]
     mlp: MLP | MoE
-    post_attn_norm: Leaf | None = None  # [L, D], Gemma 3
-    post_mlp_norm: Leaf | None = None  # [L, D], Gemma 3
+    post_attn_norm: Leaf = None  # [L, D], Gemma 3
+    post_mlp_norm: Leaf = None  # [L, D], Gemma 3
 
 
 @struct.dataclass
@@ -71,7 +71,7 @@ class Params:
     embed: Leaf  # [V, D]
     layers: Layer
     final_norm: Leaf  # [D]
-    unembed: Leaf | None = None  # [D, V]; None where it is the embedding transposed
+    unembed: Leaf = None  # [D, V]; None where it is the embedding transposed
 
 
 def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
@@ -117,7 +117,7 @@ def abstract(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
 
 
 def init(key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: normal with deviation 0.02, outputs of blocks divided by sqrt(2 L) (GPT-2).
+    """Random parameters: normal, deviation 0.02, outputs of blocks divided by sqrt(2 L) (GPT-2).
 
     Norm weights start at one (zero where the config stores them minus one), biases at zero. Each
     leaf has a key of its own, folded from its path, so adding a parameter changes no other.

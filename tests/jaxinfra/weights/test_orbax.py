@@ -1,0 +1,136 @@
+"""Orbax checkpoints of bare weights: both ways, sharded, and damaged in every file."""
+
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from checkpoints import CONFIGS, random_params
+
+from jaxinfra.errors import UserError
+from jaxinfra.weights import orbax as own
+
+
+def _equal(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_save_then_load_gives_the_same_bits(tmp_path, family):
+    config = CONFIGS[family]
+    params = random_params(config, jnp.bfloat16)
+    own.save(tmp_path / "model", params, config)
+    assert own.read_config(tmp_path / "model") == config
+    loaded = own.load(tmp_path / "model", jnp.bfloat16)
+    assert _equal(loaded, params)
+    assert [leaf.dtype for leaf in jax.tree.leaves(loaded)] == [jnp.bfloat16] * len(
+        jax.tree.leaves(params)
+    )
+
+
+def test_arrays_land_where_the_sharding_says_in_the_dtype_asked_for(tmp_path):
+    config = CONFIGS["qwen3"]
+    params = random_params(config, jnp.bfloat16)
+    own.save(tmp_path / "model", params, config)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    tree = jax.tree.map(lambda _: replicated, params).replace(embed=by_rows)
+    loaded = own.load(tmp_path / "model", jnp.float32, tree)
+    assert loaded.embed.sharding == by_rows
+    assert loaded.final_norm.sharding == replicated
+    assert _equal(loaded, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+
+
+def test_sharded_params_are_saved_whole(tmp_path):
+    config = CONFIGS["qwen3"]
+    params = random_params(config)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    sharded = params.replace(embed=jax.device_put(params.embed, by_rows))
+    own.save(tmp_path / "model", sharded, config)
+    assert _equal(own.load(tmp_path / "model", jnp.float32), params)
+
+
+_DAMAGE = """
+    import sys
+    from pathlib import Path
+    import jax, jax.numpy as jnp, numpy as np
+    from jaxinfra.errors import UserError
+    from jaxinfra.weights import orbax
+
+    folder = Path(sys.argv[1])
+    right = jax.tree.map(np.asarray, orbax.load(folder, jnp.float32))
+    outcomes = []
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        good = file.read_bytes()
+        for bad in (good[: len(good) // 2], None):
+            file.unlink() if bad is None else file.write_bytes(bad)
+            try:
+                loaded = orbax.load(folder, jnp.float32)
+                jax.tree.map(np.testing.assert_array_equal, loaded, right)
+                outcomes.append("right")
+            except UserError as error:
+                assert str(folder) in str(error)
+                outcomes.append("refused")
+            file.write_bytes(good)
+    print(outcomes.count("right"), outcomes.count("refused"))
+"""
+
+
+def test_damage_in_any_file_gives_the_right_weights_or_a_usererror(tmp_path):
+    """In a process of its own: reads that orbax leaves behind would end in another test."""
+    config = CONFIGS["llama"]
+    own.save(tmp_path / "model", random_params(config), config)
+    command = [sys.executable, "-c", textwrap.dedent(_DAMAGE), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    right, refused = map(int, done.stdout.split())
+    assert right > 5  # files that only repeat what others say
+    assert refused > 10
+
+
+def test_arrays_of_another_config_are_refused(tmp_path):
+    params = random_params(CONFIGS["llama"])
+    own.save(tmp_path / "model", params, CONFIGS["llama"].replace(d_ff=57))
+    with pytest.raises(UserError, match="not those of its config"):
+        own.load(tmp_path / "model", jnp.float32)
+
+
+def test_foreign_checkpoints_and_folders_are_refused(tmp_path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "foreign", {"w": jnp.ones(3)})
+    with pytest.raises(UserError, match="foreign: this Orbax checkpoint has no item"):
+        own.load(tmp_path / "foreign", jnp.float32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: not a finished Orbax checkpoint"):
+        own.load(tmp_path / "empty", jnp.float32)
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    config = CONFIGS["llama"]
+    own.save(tmp_path / "model", random_params(config), config)
+    with pytest.raises(UserError, match="exists already"):
+        own.save(tmp_path / "model", random_params(config, seed=1), config)
+    assert _equal(own.load(tmp_path / "model", jnp.float32), random_params(config))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    config = CONFIGS["llama"]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000}))
+    with pytest.raises(UserError, match=r"/model: the disk is full: [\d,]+ bytes are needed"):
+        own.save(tmp_path / "model", random_params(config), config)
+    monkeypatch.undo()
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with pytest.raises(UserError, match=r"the disk is full: .* \(No space left on device\)"):
+        own.save(tmp_path / "model", random_params(config), config)
+    assert not list(tmp_path.iterdir())
