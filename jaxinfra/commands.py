@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 if TYPE_CHECKING:
-    from jaxinfra.train.config import TrainConfig
+    pass
 
 
 def pull(name: Positional[str], /, *, offline: bool = False) -> None:

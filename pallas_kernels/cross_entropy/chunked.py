@@ -52,7 +52,9 @@ def _forward(x, w, targets, weights, z_loss, soft_cap, block):
         # d(nll + z_loss lse^2)/dz = (1 + 2 z_loss lse) softmax(z) - onehot
         hit = target[:, None] == jnp.arange(capped.shape[1])[None, :]
         slope = 1.0 + 2.0 * z_loss * lse
-        dz = weight[:, None] * (slope[:, None] * jnp.exp(capped - lse[:, None]) - hit)
+        dz = weight[:, None] * (
+            slope[:, None] * jnp.exp(capped - lse[:, None]) - hit.astype(lse.dtype)
+        )
         if soft_cap is not None:
             dz = dz * (1.0 - (capped / soft_cap) ** 2)
         dz = dz.astype(x_block.dtype)
