@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Int, Key
 from jaxinfra.errors import UserError
 from jaxinfra.generate.sampling import Sampling, row_keys, sample
 from jaxinfra.model import cache as kv
-from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
 
@@ -101,7 +100,7 @@ def prefill(
     """Takes the prompts, right-padded to T, into the cache and draws the first new token."""
     x, cache = kv.extend(params, config, tokens, cache, lengths=lengths)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
-    token = sample(model.head(params, config, last)[:, 0], sampling, keys, cache.length)
+    token = sample(kv.head(params, config, last)[:, 0], sampling, keys, cache.length)
     return State(cache, token, jnp.isin(token, stop_ids), max_new_tokens - 1)
 
 
@@ -127,7 +126,7 @@ def decode(
         x, cache = kv.extend(
             params, config, state.token[:, None], state.cache, lengths=live.astype(jnp.int32)
         )
-        token = sample(model.head(params, config, x)[:, 0], sampling, keys, cache.length)
+        token = sample(kv.head(params, config, x)[:, 0], sampling, keys, cache.length)
         block = block.at[:, i].set(jnp.where(live, token, -1))
         done = state.done | jnp.isin(token, stop_ids)
         return i + 1, State(cache, token, done, state.left - 1), block
@@ -189,8 +188,7 @@ class Stream:
         steps = steps or STEPS.get(jax.default_backend(), 32)
         start = time.perf_counter()
         run_prefill = _compiled(prefill, first, "cache", **static)
-        flag = jax.ShapeDtypeStruct((B,), jnp.bool)
-        state = State(cache, lengths, flag, first[-1])  # shapes alone matter
+        state = State(cache, lengths, lengths > 0, first[-1])  # the shapes of what prefill gives
         more = (params, state, keys, stop)
         run_decode = _compiled(decode, more, "state", **static, steps=steps)
         self._compile_s = time.perf_counter() - start

@@ -12,7 +12,7 @@ The cache is written in place inside a device loop. MEASURED
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -141,13 +141,13 @@ def extend(
     ropes = [rope.table(config.rope, config.head_dim, positions)]
     if config.rope_local is not None:
         ropes.append(rope.table(config.rope_local, config.head_dim, positions))
-    x = model.embed(params, config, tokens)
+    x = model.embed(cast(Params, params), config, tokens)
     keys, values = [], []
     for i, layer in enumerate(params.layers):
         window = config.window(i)
         cos_sin = ropes[-1] if window is not None else ropes[0]
         h = model.norm(x, layer.attn_norm, config)
-        q, k, v = _project_qkv(layer.attn, h, config)
+        q, k, v = _project_qkv(cast(FusedAttention, layer.attn), h, config)
         q, k = model.rotate_qk(layer.attn, q, k, config, cos_sin)
         keys.append(_write(cache.k[i], k, cache.length))
         values.append(_write(cache.v[i], v, cache.length))
@@ -162,6 +162,13 @@ def extend(
         x = model.residual(x, out, layer.post_mlp_norm, config)
     grown = cache.length + (T if lengths is None else lengths)
     return model.norm(x, params.final_norm, config), Cache(tuple(keys), tuple(values), grown)
+
+
+def head(
+    params: DecodeParams, config: ModelConfig, x: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """Float32 logits of what `extend` gave."""
+    return model.head(cast(Params, params), config, x)
 
 
 def _project_qkv(attn: FusedAttention, x: Array, config: ModelConfig) -> list[Array]:
@@ -191,7 +198,7 @@ def _attend(
     """Attention of T queries, the first at position `length`, to the keys up to their own."""
     return attention(
         q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), causal=True, window=window,
-        scale=config.scale, soft_cap=config.attn_soft_cap, q_offset=length,
+        scale=config.scale, q_offset=length,
     )  # fmt: skip
 
 
@@ -208,8 +215,6 @@ def _attend_one(
     grouped = q.reshape(B, k.shape[1], N // k.shape[1], H)
     logits = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
     logits = logits * config.scale
-    if config.attn_soft_cap is not None:
-        logits = config.attn_soft_cap * jnp.tanh(logits / config.attn_soft_cap)
     position = jnp.arange(k.shape[2])
     seen = position <= length[:, None]
     if window is not None:

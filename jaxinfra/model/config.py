@@ -107,6 +107,12 @@ class ModelConfig:
             raise UserError(
                 f"config: {len(self.windows)} attention windows for {self.num_layers} layers"
             )
+        if self.experts:
+            for name in ("num_experts", "top_k", "d_ff"):
+                if not isinstance(getattr(self.experts, name), int):
+                    raise UserError(
+                        f"config: experts.{name}={getattr(self.experts, name)!r} must be an integer"
+                    )
         if self.experts and not 1 <= self.experts.top_k <= self.experts.num_experts:
             raise UserError(
                 f"config: top_k={self.experts.top_k} of {self.experts.num_experts} experts"

@@ -49,6 +49,8 @@ def build(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str], tuple
     if not tokens:
         raise UserError("holds no tokenizer; fetch a complete file or give a tokenizer.json")
     kinds = own.get("token_type") or [_NORMAL] * len(tokens)
+    if len(kinds) != len(tokens):
+        raise UserError("damaged vocabulary (not a type for every token); fetch the file again")
     model = own.get("model")
     if model not in ("gpt2", "llama"):
         raise UserError(f"tokenizer {model!r} is not supported; supported are 'gpt2' and 'llama'")
@@ -59,7 +61,7 @@ def build(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str], tuple
         ]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise UserError("its vocabulary lists a token twice; fetch the file again")
+        raise UserError("damaged vocabulary (a token twice); fetch the file again")
     named = {
         name: tokens[own[key]]
         for name, key in (

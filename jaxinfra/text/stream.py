@@ -54,7 +54,7 @@ class Stream:
             self._replace = (steps[0]["pattern"]["String"], steps[0]["content"])
             self._run: list[int] = []
             self._lead = steps[-1].get("content", "")
-            self._strip = steps[-1].get("start", 0)
+            self._leads = self._strip = steps[-1].get("start", 0)
         else:
             raise UserError(f"tokenizer: text of decoder {kinds} cannot be streamed; use decode")
 
@@ -76,9 +76,11 @@ class Stream:
 
     def finish(self) -> str:
         """The text still held back; the stream then starts anew."""
-        if self._bytes is None:
-            return self._stripped(self._end_of_run())
-        return self._utf8.decode(b"", final=True)
+        if self._bytes is not None:
+            return self._utf8.decode(b"", final=True)
+        text = self._stripped(self._end_of_run())
+        self._strip = self._leads
+        return text
 
     def _end_of_run(self) -> str:
         run, self._run = bytes(self._run), []

@@ -27,28 +27,33 @@ _ROWS = 128
 ReadRows = Callable[[Tensor, int, int], np.ndarray]
 
 
-def check(where: Any, tensors: Iterable[Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares the tensors a config asks for with names and shapes `found` in the file `where`.
+def check(
+    where: Any, tensors: Iterable[Tensor], found: Mapping[str, tuple[int, ...]]
+) -> tuple[Tensor, ...]:
+    """The tensors a config asks for, held against names and shapes `found` in the file `where`.
 
-    Raises UserError on a missing tensor, one of another shape, and one the model has no place for.
+    Raises UserError on the first that is missing or of another shape, and on one too many.
     """
-    expected = {tensor.name: tensor.shape for tensor in tensors}
-    for names, problem in (
-        (expected.keys() - found.keys(), "is missing; the checkpoint is incomplete"),
-        (found.keys() - expected.keys(), "has no place in the model that the config describes"),
-    ):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    known: dict[str, Tensor] = {}
+    for tensor in tensors:
+        if tensor.name not in found:
             raise UserError(
-                f"{where}: tensor {min(names)}{more} {problem}, or the config belongs to another "
-                "model; fetch the folder again"
+                f"{where}: tensor {tensor.name} is missing: the checkpoint is incomplete or the "
+                "config belongs to another model; fetch the folder again"
             )
-    for name, shape in expected.items():
-        if found[name] != shape:
+        if found[tensor.name] != tensor.shape:
             raise UserError(
-                f"{where}: tensor {name} has shape {list(found[name])}, the config says "
-                f"{list(shape)}; the config does not belong to these weights"
+                f"{where}: tensor {tensor.name} has shape {list(found[tensor.name])}, the config "
+                f"says {list(tensor.shape)}; the config does not belong to these weights"
             )
+        known[tensor.name] = tensor
+    if extra := found.keys() - known.keys():
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise UserError(
+            f"{where}: tensor {min(extra)}{more} has no place in the model that the config "
+            "describes; the config does not belong to these weights"
+        )
+    return tuple(known.values())
 
 
 def assemble(

@@ -43,6 +43,9 @@ _KEYS = {  # of config.json: the key after the architecture's name
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+_SIZES = {"embedding_length", "block_count", "attention.head_count", "attention.head_count_kv",
+          "attention.key_length", "feed_forward_length", "context_length", "expert_used_count",
+          "expert_feed_forward_length"}  # fmt: skip
 _GEMMA3_27B_LAYERS = 62  # llama.cpp tells the one model with another query scale by its depth
 
 
@@ -60,9 +63,8 @@ def load(path: str | Path, dtype: Any, sharding: Any = None) -> Params:
     path = Path(path)
     header = read_header(path)
     config = _config(path, header)
-    tensors = gguf_tensors(config)
     found = {n: s.shape for n, s in header.tensors.items() if n != "rope_freqs.weight"}
-    check(path, tensors, found)
+    tensors = check(path, gguf_tensors(config), found)
     for name, stored in header.tensors.items():
         if stored.type.name not in TYPES:
             raise UserError(
@@ -119,7 +121,7 @@ def _raw_config(path: Path, header: Header) -> dict[str, Any]:
     missing += ["token_embd.weight"] if "token_embd.weight" not in tensors else []
     if missing:
         raise UserError(f"lacks {missing[0]!r}; the file is incomplete, fetch another")
-    for key in ("embedding_length", "attention.head_count"):
+    for key in _SIZES & own.keys():
         if not isinstance(own[key], int) or own[key] < 1:
             raise UserError(f"{architecture}.{key}={own[key]!r} is no positive integer")
     raw = {name: own[key] for name, key in _KEYS.items()}
@@ -141,8 +143,10 @@ def _raw_config(path: Path, header: Header) -> dict[str, Any]:
         raw |= {
             "num_local_experts": own["expert_count"],
             "num_experts": own["expert_count"],
-            "num_experts_per_tok": own.get("expert_used_count"),
-            "moe_intermediate_size": own.get("expert_feed_forward_length"),
+            "num_experts_per_tok": own.get("expert_used_count", 0),
+            "moe_intermediate_size": own.get(
+                "expert_feed_forward_length", own[_KEYS["intermediate_size"]]
+            ),
             "norm_topk_prob": True,
         }
     if family == "gemma3_text":

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -118,20 +118,18 @@ class Tensor:
         return slot.reshape(*lead, columns, rows).swapaxes(-1, -2)
 
 
-def hf_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+def hf_tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor of `config`'s Hugging Face checkpoint, in the order of the leaves of Params."""
     names = _HF | _HF_FAMILY.get(config.family, {})
-    tensors = []
     for path, shape in leaves(config):
         layered = path.startswith("layers.")
         name = f"model.layers.{{layer}}.{names[path]}" if layered else names[path]
         for index in np.ndindex(shape[: layered + ("{expert}" in name)]):
             places = dict(zip(("layer", "expert"), index, strict=False))
-            tensors.append(_tensor(name.format(**places), path, index, shape))
-    return tuple(tensors)
+            yield _tensor(name.format(**places), path, index, shape)
 
 
-def gguf_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+def gguf_tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor of `config`'s GGUF file as llama.cpp's converter writes it.
 
     The converter permutes q and k of Llama and Mixtral for interleaved rotary embedding, stores
@@ -139,7 +137,6 @@ def gguf_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
     """
     names = _GGUF | (_GGUF_EXPERTS if config.experts else {})
     interleaved = config.head_dim if config.family in ("llama", "mixtral") else 0
-    tensors = []
     for path, shape in leaves(config):
         layered = path.startswith("layers.")
         for index in np.ndindex(shape[:layered]):
@@ -149,11 +146,10 @@ def gguf_tensors(config: ModelConfig) -> tuple[Tensor, ...]:
                 tensor = dataclasses.replace(tensor, interleaved=interleaved)
             if path.endswith("norm") and config.norm_plus_one:
                 tensor = dataclasses.replace(tensor, plus_one=True)
-            tensors.append(tensor)
-    return tuple(tensors)
+            yield tensor
 
 
-def leaves(config: ModelConfig) -> Iterable[tuple[str, tuple[int, ...]]]:
+def leaves(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The dotted path and shape of every array of `config`'s Params, in tree order."""
     for path, shape in jax.tree_util.tree_flatten_with_path(abstract(config))[0]:
         yield ".".join(key.name for key in path), shape.shape

@@ -42,7 +42,7 @@ def save(path: str | Path, params: Params, config: ModelConfig) -> None:
     arrays = dict(zip((name for name, _ in leaves(config)), jax.tree.leaves(params), strict=True))
     size = sum(array.nbytes for array in arrays.values())
     items = ocp.args.Composite(
-        params=ocp.args.StandardSave(arrays), config=ocp.args.JsonSave(config.to_hf())
+        params=ocp.args.PyTreeSave(arrays), config=ocp.args.JsonSave(config.to_hf())
     )
     with new_folder(path, size) as new:
         whole = new / "whole"  # orbax writes beside it and renames; that must stay inside `new`
@@ -84,8 +84,10 @@ def load(path: str | Path, dtype: Any, sharding: Any = None) -> Params:
     """Reads the weights of the checkpoint `path` in `dtype`.
 
     `sharding`: None for the default device, one `jax.sharding.Sharding` for all arrays, or a tree
-    of them like Params; each device reads its own part. Raises UserError naming the folder when it
-    is no such checkpoint or a damaged one, and when arrays are not those of its config.
+    of them like Params; each device reads its own part. One array is read at a time, yet orbax and
+    its 100 MB cache take more host memory than the other formats: 1.5 times a model of 538 MB
+    (measured once). Raises UserError naming the folder when it is no such checkpoint or a damaged
+    one, and when arrays are not those of its config.
     """
     path = Path(path).absolute()
     config = read_config(path)
@@ -93,16 +95,21 @@ def load(path: str | Path, dtype: Any, sharding: Any = None) -> Params:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = jax.tree.leaves(jax.tree.broadcast(sharding, shapes))
-    wanted = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-        for (name, shape), place in zip(leaves(config), places, strict=True)
-    }
+
+    def restore(checkpointer: ocp.Checkpointer) -> list[jax.Array]:
+        arrays = []
+        for (name, shape), place in zip(leaves(config), places, strict=True):
+            wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)}
+            how = {name: ocp.ArrayRestoreArgs(sharding=place, global_shape=shape, dtype=dtype)}
+            item = ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True)
+            restored = checkpointer.restore(path, ocp.args.Composite(params=item))
+            arrays.append(restored.params[name])
+        return arrays
+
     try:
-        item = ocp.args.Composite(params=ocp.args.StandardRestore(wanted))
-        arrays = _run(lambda checkpointer: checkpointer.restore(path, item)).params
+        return jax.tree.unflatten(jax.tree.structure(shapes), _run(restore))
     except _Failed as error:
         raise _corrupt(path, error) from None
-    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in wanted])
 
 
 def _run(action: Callable[[ocp.Checkpointer], Any]) -> Any:

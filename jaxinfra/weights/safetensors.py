@@ -59,11 +59,12 @@ def load(folder: str | Path, config: ModelConfig, dtype: Any, sharding: Any = No
     the file on a missing or truncated one and on tensors that are not those of `config`.
     """
     folder = Path(folder)
-    tensors, stored = hf_tensors(config), headers(folder)
+    stored = headers(folder)
     optional = {name for name in stored if name.endswith(".rotary_emb.inv_freq")}
     if config.tie_embeddings:  # some checkpoints hold the embedding a second time
         optional.add("lm_head.weight")
-    check(folder, tensors, {n: s.shape for n, s in stored.items() if n not in optional})
+    found = {n: s.shape for n, s in stored.items() if n not in optional}
+    tensors = check(folder, hf_tensors(config), found)
     for tensor in tensors:
         if stored[tensor.name].dtype not in _DTYPES:
             raise UserError(

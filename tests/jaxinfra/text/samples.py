@@ -4,14 +4,28 @@ import hashlib
 import json
 import random
 
-_WORDS = """the model learns to predict a next token Schrödinger naïve façade jalapeño Straße
-don't it's WE'VE i'll they'd she'S 'tis rock'n'roll переводит слово ελληνικά कविता বাংলা ไทยคำ 日本語
-トークン 中文分词 한국어 שלום עולם العربية مرحبا tiếng_Việt ṽ́ q̣̇ e\u0301te\u0301 Å\u030a ﬁ ſ İ ß ẞ""".split()
-_EMOJI = ["😀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇫🇷🇯🇵", "❤️", "1️⃣", "🧑‍💻", "🫠", "👨🏿‍🚒"]
-_SPACE = [" ", "  ", "   ", "\t", "\t\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u3000", "\u2009",
-          " " * 17, "\u200b", "\u2028", "\x0b", "\x0c", "\x85"]  # fmt: skip
-_NUMBERS = ["0", "7", "42", "1234", "3.14159", "-1e-10", "1,000,000", "0x1F", "٣٤٥", "१२३", "Ⅷ", "½",
-            "²", "①②", "2024-02-29", "192.168.0.1", "90071992547409931"]  # fmt: skip
+_WORDS = [
+    *("the", "model", "learns", "to", "predict", "next", "token", "don't", "it's", "WE'VE", "i'll"),
+    *("they'd", "she'S", "'tis", "rock'n'roll", "naïve", "façade", "Schrödinger", "Straße", "ﬁ"),
+    *("переводит", "слово", "ελληνικά", "कविता", "বাংলা", "ไทยคำ", "tiếng_Việt", "ſ", "İ", "ẞ"),
+    *("日本語", "トークン", "中文", "분词", "한국어", "שלום", "עולם", "العربية", "مرحبا"),
+    *("v\u0303\u0301", "q\u0323\u0307", "e\u0301te\u0301", "A\u030a", "\u1112\u1161\u11ab"),
+]
+_EMOJI = [
+    *("\U0001f600", "\U0001f44d\U0001f3fd", "\u2764\ufe0f", "1\ufe0f\u20e3", "\U0001fae0"),
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466",  # a family, joined by ZWJ
+    "\U0001f3f3\ufe0f\u200d\U0001f308",
+    "\U0001f468\U0001f3ff\u200d\U0001f692",
+    "\U0001f1eb\U0001f1f7\U0001f1ef\U0001f1f5",  # two flags
+]
+_SPACE = [
+    *(" ", "  ", "   ", " " * 17, "\t", "\t\t", "\n", "\n\n", "\r\n", " \n ", "\x0b", "\x0c"),
+    *("\x85", "\u00a0", "\u2009", "\u200b", "\u2028", "\u3000"),
+]
+_NUMBERS = [
+    *("0", "7", "42", "1234", "3.14159", "-1e-10", "1,000,000", "0x1F", "2024-02-29"),
+    *("192.168.0.1", "90071992547409931", "٣٤٥", "१२३", "Ⅷ", "½", "²", "①②"),
+]
 _CODE = [
     "def f(x: int) -> int:\n    return x**2  # square\n",
     "for(int i=0;i<n;++i){a[i]+=b[i]<<2;}",
@@ -83,9 +97,7 @@ def chats() -> list[dict]:
             messages.append({"role": "tool", "content": '{"sky": "<clear>"}'})
         elif i % 2:
             messages.pop()
-        made.append(
-            {"messages": messages, "tools": tools, "add_generation_prompt": i % 7 != 0}
-        )  # fmt: skip
+        made.append({"messages": messages, "tools": tools, "add_generation_prompt": i % 7 != 0})
     return made
 
 
@@ -151,7 +163,7 @@ QWEN = """\
     {%- endif %}
 {%- endfor %}
 {%- if tools %}
-    {{- turn("system", "# Tools\\n<tools>\\n" ~ tools | map("tojson") | join("\\n") ~ "\\n</tools>") }}
+    {{- turn("system", "# Tools\\n<tools>\\n" ~ tools | map("tojson") | join("\\n") ~ "</tools>") }}
 {%- endif %}
 {%- for message in messages %}
     {%- set text = message.content if message.content is string else "" %}

@@ -1,6 +1,7 @@
 """Small models of every family, random parameters, and GGUF files written by llama.cpp's rules."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -107,7 +108,7 @@ def as_llama_cpp_stores(params: Params, config: ModelConfig) -> dict[str, np.nda
 def write_gguf(
     path: Path,
     config: ModelConfig,
-    tensors: dict[str, np.ndarray | tuple[np.ndarray, gguf.GGMLQuantizationType]],
+    tensors: Mapping[str, np.ndarray | tuple[np.ndarray, gguf.GGMLQuantizationType]],
     **metadata: float,
 ) -> Path:
     """A GGUF file of `tensors`: arrays as they are, or (rows of bytes, type)."""

@@ -1,5 +1,6 @@
 """Orbax checkpoints of bare weights: both ways, sharded, and damaged in every file."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -40,7 +41,7 @@ def test_arrays_land_where_the_sharding_says_in_the_dtype_asked_for(tmp_path):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
-    tree = jax.tree.map(lambda _: replicated, params).replace(embed=by_rows)
+    tree = dataclasses.replace(jax.tree.map(lambda _: replicated, params), embed=by_rows)
     loaded = own.load(tmp_path / "model", jnp.float32, tree)
     assert loaded.embed.sharding == by_rows
     assert loaded.final_norm.sharding == replicated
@@ -52,7 +53,7 @@ def test_sharded_params_are_saved_whole(tmp_path):
     params = random_params(config)
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
-    sharded = params.replace(embed=jax.device_put(params.embed, by_rows))
+    sharded = dataclasses.replace(params, embed=jax.device_put(params.embed, by_rows))
     own.save(tmp_path / "model", sharded, config)
     assert _equal(own.load(tmp_path / "model", jnp.float32), params)
 

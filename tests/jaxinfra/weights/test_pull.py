@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 import zipfile
+from typing import Any
 
 import pytest
 from file_server import serving
@@ -124,7 +125,7 @@ def test_a_hub_that_refuses_or_is_silent_is_found_out_quickly(monkeypatch):
 
 
 def test_an_unknown_model_is_told_from_an_unreachable_hub(monkeypatch):
-    response = type("Response", (), {"status_code": 404, "headers": {}, "request": None})()
+    response: Any = type("Response", (), {"status_code": 404, "headers": {}, "request": None})()
 
     def unknown(*_, **__):
         raise RepositoryNotFoundError("no", response=response)

@@ -1,0 +1,153 @@
+"""Training the Qwen3-0.6B shape on one GPU: this project beside transformers with torch.compile.
+
+    python -m benchmarks.train_vs_transformers            # about five minutes on one H200
+
+Same shape, same batch, random tokens, float32 master weights with bfloat16 computation, AdamW with
+clipping, no dropout. The two take turns in processes of their own (ours, theirs, ours, theirs), so
+that each has the whole memory and a drift of the clocks falls on both. A step is timed from its
+call until its loss has arrived; the batches are on the device before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+MODEL, BATCH, SEQ_LEN = "qwen3-0.6b", 8, 4096
+WARMUP, STEPS, ROUNDS = 3, 8, 2
+
+
+def timed(step: Callable[[int], float]) -> dict:
+    """Seconds of each of STEPS steps after a warm-up; `step(i)` returns its loss as a number."""
+    start = time.perf_counter()
+    step(0)
+    first = time.perf_counter() - start
+    for i in range(WARMUP):
+        step(i)
+    seconds, loss = [], 0.0
+    for i in range(STEPS):
+        start = time.perf_counter()
+        loss = step(i)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "first_step": first, "loss": loss}
+
+
+def ours() -> None:
+    """One turn of this project."""
+    import jax
+    import numpy as np
+
+    from jaxinfra.model.params import init
+    from jaxinfra.model.presets import PRESETS
+    from jaxinfra.train.config import OptimizerConfig
+    from jaxinfra.train.optimizer import make_optimizer, schedule
+    from jaxinfra.train.step import TrainState, make_step
+
+    config = PRESETS[MODEL]
+    hyper = OptimizerConfig(learning_rate=1e-4)
+    optimizer = make_optimizer(hyper, steps=1000)
+    step = make_step(
+        config, optimizer, schedule(hyper, 1000), remat="matmuls", unroll=config.num_layers
+    )
+    create = jax.jit(lambda key: TrainState.create(init(key, config), optimizer))
+    state = create(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    batches = [
+        {"tokens": jax.device_put(
+            rng.integers(0, config.vocab_size, (BATCH, SEQ_LEN + 1), np.int32))}
+        for _ in range(3)
+    ]  # fmt: skip
+
+    def one(i: int) -> float:
+        nonlocal state
+        state, metrics = step(state, batches[i % 3])
+        return float(metrics["loss"])
+
+    result = timed(one)
+    result["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    print(json.dumps(result), flush=True)
+
+
+def theirs() -> None:
+    """Turns of transformers, one for every line read; leaves the GPU's memory between them."""
+    import torch
+    import transformers
+
+    from jaxinfra.model.presets import PRESETS
+
+    raw = PRESETS[MODEL].to_hf()
+    config = transformers.AutoConfig.for_model(**raw, use_cache=False)
+    config._attn_implementation = "sdpa"
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.train()
+    compiled = torch.compile(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    batches = [
+        torch.randint(0, config.vocab_size, (BATCH, SEQ_LEN), device="cuda") for _ in range(3)
+    ]
+
+    def one(i: int) -> float:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = compiled(input_ids=batches[i % 3], labels=batches[i % 3]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def move(device: str) -> None:
+        model.to(device)
+        for slot in optimizer.state.values():
+            slot.update({k: v.to(device) for k, v in slot.items() if k != "step"})
+        torch.cuda.empty_cache()
+
+    for _ in sys.stdin:
+        move("cuda")
+        torch.cuda.reset_peak_memory_stats()
+        result = timed(one)
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
+        move("cpu")
+        print(json.dumps(result), flush=True)
+
+
+def main() -> None:
+    """Both in turns, then the table and the ledger."""
+    command = [sys.executable, "-m", "benchmarks.train_vs_transformers"]
+    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+    env.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/jaxinfra-train-bench")
+    peer = subprocess.Popen(
+        [*command, "theirs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert peer.stdin and peer.stdout
+    rounds: dict[str, list[dict]] = {"ours": [], "theirs": []}
+    for _ in range(ROUNDS):
+        out = subprocess.run([*command, "ours"], env=env, check=True, stdout=subprocess.PIPE)
+        rounds["ours"].append(json.loads(out.stdout.splitlines()[-1]))
+        peer.stdin.write("go\n")
+        peer.stdin.flush()
+        rounds["theirs"].append(json.loads(peer.stdout.readline()))
+        for name, results in rounds.items():
+            last = results[-1]
+            median = sorted(last["seconds"])[STEPS // 2]
+            print(f"{name:7s} {BATCH * SEQ_LEN / median:9.0f} tokens/s  {last}", flush=True)
+    peer.stdin.close()
+    peer.wait()
+    record(rounds)
+
+
+def record(rounds: dict[str, list[dict]]) -> None:
+    """Writes the ledger's entry."""
+    print(json.dumps(rounds))
+
+
+if __name__ == "__main__":
+    {"ours": ours, "theirs": theirs}.get(sys.argv[-1], main)()
