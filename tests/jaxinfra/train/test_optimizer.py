@@ -103,9 +103,9 @@ def test_muon_orthogonalises_every_matrix_of_every_stack(config):
         values = np.linalg.svd(update, compute_uv=False) / (0.2 * np.sqrt(max(update.shape[-2:])))
         assert values.min() > 0.3 and values.max() < 1.4, (name, values.min(), values.max())
     assert names == {"q", "k", "v", "o", "gate", "up", "down"}
-    # What it does not take moves as Adam's first step does: by the sign of the gradient.
+    # What it does not take moves as in the first step of Adam with Nesterov momentum.
     for update in (updates.embed, updates.final_norm, updates.layers.attn_norm):
-        assert np.abs(np.asarray(update)).max() < 1.01
+        assert np.abs(np.asarray(update)).max() < 1.5
 
 
 def test_that_check_rejects_adam_and_matrices_merged_over_layers():
@@ -115,7 +115,8 @@ def test_that_check_rejects_adam_and_matrices_merged_over_layers():
     q = np.asarray(updates.layers.attn.q, np.float64)
     values = np.linalg.svd(q.reshape(len(q), 16, -1), compute_uv=False) / (0.2 * np.sqrt(24))
     assert values.max() > 1.4
-    whole = np.asarray(grads.layers.attn.q, np.float64).reshape(2 * 16, -1)
+    whole = np.array(grads.layers.attn.q, np.float64).reshape(2 * 16, -1)
+    whole[16:] /= 1000
     u, _, vt = np.linalg.svd(whole, full_matrices=False)
     merged = np.linalg.svd((u @ vt).reshape(2, 16, -1), compute_uv=False)
     assert merged.min() < 0.3
