@@ -132,7 +132,9 @@ def token_bytes(params: kv.DecodeParams, config: ModelConfig, context: int) -> i
             total -= experts * (1 - config.experts.top_k / config.experts.num_experts)
         return total
 
-    weights = sum(map(layer_bytes, params.layers)) + params.unembed.nbytes
+    weights = sum(map(layer_bytes, params.layers)) + sum(
+        leaf.nbytes for leaf in jax.tree.leaves(params.unembed)
+    )
     keys = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context
     return round(weights + keys * params.embed.dtype.itemsize)
 

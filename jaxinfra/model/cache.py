@@ -28,11 +28,22 @@ from pallas_kernels.flash_attention import attention
 
 
 @struct.dataclass
+class Rows:
+    """A matrix [in, out] that lies in memory as [out, in], as one vector at a time reads it best.
+
+    A GPU then takes one token through it by a multiply and a sum along memory, which XLA fuses with
+    what stands before and after, instead of a matrix product made for many rows.
+    """
+
+    w: Leaf  # [out, in]
+
+
+@struct.dataclass
 class FusedAttention:
     """Attention whose three input projections are one matrix; the rest as in `Attention`."""
 
-    qkv: Leaf  # [D, (N + 2K) H]
-    o: Leaf  # [N H, D]
+    qkv: Leaf | Rows  # [D, (N + 2K) H]
+    o: Leaf | Rows  # [N H, D]
     qkv_bias: Leaf = None  # [(N + 2K) H]
     q_norm: Leaf = None  # [H]
     k_norm: Leaf = None  # [H]
@@ -42,8 +53,8 @@ class FusedAttention:
 class FusedMLP:
     """A gated feed-forward whose two input projections are one matrix."""
 
-    gate_up: Leaf  # [D, 2 F]
-    down: Leaf  # [F, D]
+    gate_up: Leaf | Rows  # [D, 2 F]
+    down: Leaf | Rows  # [F, D]
 
 
 @struct.dataclass
@@ -53,7 +64,7 @@ class DecodeParams:
     embed: Leaf  # [V, D]
     layers: tuple[Layer, ...]
     final_norm: Leaf  # [D]
-    unembed: Leaf  # [D, V], also where the embedding is tied: a matrix read across is slow
+    unembed: Leaf | Rows  # [D, V], also where the embedding is tied: a matrix read across is slow
 
 
 @struct.dataclass
@@ -65,8 +76,15 @@ class Cache:
     length: Int[Array, " B"]
 
 
-def unstack(params: Params, config: ModelConfig) -> DecodeParams:
-    """The same parameters, one layer apart from the other and with projections merged."""
+def unstack(params: Params, config: ModelConfig, *, rows: bool | None = None) -> DecodeParams:
+    """The same parameters, one layer apart from the other and with projections merged.
+
+    `rows`: store matrices as `Rows`; by default on a GPU.
+    """
+    rows = jax.default_backend() == "gpu" if rows is None else rows
+
+    def matrix(w: Array) -> Array | Rows:
+        return Rows(w.T) if rows else w
 
     def attn(a: Attention) -> FusedAttention:
         D = a.q.shape[0]
@@ -74,8 +92,8 @@ def unstack(params: Params, config: ModelConfig) -> DecodeParams:
         if a.q_bias is not None:
             bias = jnp.concatenate([b.reshape(-1) for b in (a.q_bias, a.k_bias, a.v_bias)])
         return FusedAttention(
-            qkv=jnp.concatenate([w.reshape(D, -1) for w in (a.q, a.k, a.v)], axis=1),
-            o=a.o.reshape(-1, D),
+            qkv=matrix(jnp.concatenate([w.reshape(D, -1) for w in (a.q, a.k, a.v)], axis=1)),
+            o=matrix(a.o.reshape(-1, D)),
             qkv_bias=bias,
             q_norm=a.q_norm,
             k_norm=a.k_norm,
@@ -85,15 +103,26 @@ def unstack(params: Params, config: ModelConfig) -> DecodeParams:
         layer = jax.tree.map(lambda a: a[i], params.layers)
         mlp = layer.mlp
         if isinstance(mlp, MLP):
-            mlp = FusedMLP(jnp.concatenate([mlp.gate, mlp.up], axis=1), mlp.down)
+            mlp = FusedMLP(matrix(jnp.concatenate([mlp.gate, mlp.up], axis=1)), matrix(mlp.down))
         return layer.replace(attn=attn(layer.attn), mlp=mlp)
 
+    tied = params.unembed is None
     return DecodeParams(
         embed=params.embed,
         layers=tuple(one(i) for i in range(config.num_layers)),
         final_norm=params.final_norm,
-        unembed=model.unembedding(params),
+        unembed=Rows(params.embed) if rows and tied else matrix(model.unembedding(params)),
     )
+
+
+def project(x: Float[Array, "B T i"], w: Leaf | Rows, dtype: Any = None) -> Float[Array, "B T o"]:
+    """x times a matrix in either form; sums in float32, result in `dtype` or x's."""
+    dtype = dtype or x.dtype
+    if not isinstance(w, Rows):
+        return jnp.einsum("bti,io->bto", x, w, preferred_element_type=dtype)
+    if x.shape[0] * x.shape[1] > 1:
+        return jnp.einsum("bti,oi->bto", x, w.w, preferred_element_type=dtype)
+    return jnp.sum(x.astype(jnp.float32) * w.w.astype(jnp.float32), axis=-1)[None].astype(dtype)
 
 
 def empty(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
@@ -151,12 +180,9 @@ def extend(
         q, k = model.rotate_qk(layer.attn, q, k, config, cos_sin)
         keys.append(_write(cache.k[i], k, cache.length))
         values.append(_write(cache.v[i], v, cache.length))
-        out = attention(
-            q, jnp.swapaxes(keys[-1], 1, 2), jnp.swapaxes(values[-1], 1, 2),
-            causal=True, window=window, scale=config.scale,
-            q_offset=cache.length,
-        )  # fmt: skip
-        out = jnp.einsum("bti,id->btd", out.reshape(B, T, -1), layer.attn.o)
+        attend = _attend_one if T == 1 and isinstance(params.unembed, Rows) else _attend
+        out = attend(q, keys[-1], values[-1], cache.length, window, config)
+        out = project(out.reshape(B, T, -1), cast(FusedAttention, layer.attn).o)
         x = model.residual(x, out, layer.post_attn_norm, config)
         out = _feed_forward(layer, model.norm(x, layer.mlp_norm, config), config)
         x = model.residual(x, out, layer.post_mlp_norm, config)
@@ -168,11 +194,11 @@ def head(
     params: DecodeParams, config: ModelConfig, x: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
     """Float32 logits of what `extend` gave."""
-    return model.head(cast(Params, params), config, x)
+    return model.cap_logits(project(x, params.unembed, jnp.float32), config)
 
 
 def _project_qkv(attn: FusedAttention, x: Array, config: ModelConfig) -> list[Array]:
-    y = jnp.einsum("btd,di->bti", x, attn.qkv)
+    y = project(x, attn.qkv)
     if attn.qkv_bias is not None:
         y = y + attn.qkv_bias
     N, K = config.num_heads, config.num_kv_heads
@@ -183,8 +209,8 @@ def _project_qkv(attn: FusedAttention, x: Array, config: ModelConfig) -> list[Ar
 def _feed_forward(layer: Layer, x: Array, config: ModelConfig) -> Array:
     if not isinstance(layer.mlp, FusedMLP):
         return model.feed_forward(layer, x, config)[0]
-    gate, up = jnp.split(jnp.einsum("btd,df->btf", x, layer.mlp.gate_up), 2, axis=-1)
-    return jnp.einsum("btf,fd->btd", model.activation(config)(gate) * up, layer.mlp.down)
+    gate, up = jnp.split(project(x, layer.mlp.gate_up), 2, axis=-1)
+    return project(model.activation(config)(gate) * up, layer.mlp.down)
 
 
 def _attend(
@@ -210,17 +236,17 @@ def _attend_one(
     window: int | None,
     config: ModelConfig,
 ) -> Float[Array, "B K G H"]:
-    """`_attend` of one query a row, in products that read the cache as it lies in memory."""
+    """`_attend` of one query a row by multiplies and sums along memory, as `Rows` are read."""
     B, _, N, H = q.shape
-    grouped = q.reshape(B, k.shape[1], N // k.shape[1], H)
-    logits = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
-    logits = logits * config.scale
+    grouped = q.reshape(B, k.shape[1], N // k.shape[1], 1, H).astype(jnp.float32)
+    logits = jnp.sum(grouped * k[:, :, None].astype(jnp.float32), axis=-1) * config.scale
     position = jnp.arange(k.shape[2])
     seen = position <= length[:, None]
     if window is not None:
         seen &= position > length[:, None] - window
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v)
+    out = jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=3)
+    return out.astype(q.dtype)
 
 
 def _write(

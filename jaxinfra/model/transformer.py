@@ -100,9 +100,13 @@ def unembedding(params: Params) -> Float[Array, "D V"]:
 def head(params: Params, config: ModelConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Float32 logits of hidden states that have passed the final norm."""
     logits = jnp.einsum("btd,dv->btv", x, unembedding(params), preferred_element_type=jnp.float32)
-    if config.logit_soft_cap is not None:
-        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
-    return logits
+    return cap_logits(logits, config)
+
+
+def cap_logits(logits: Float[Array, "B T V"], config: ModelConfig) -> Float[Array, "B T V"]:
+    """Logits kept softly under the cap of the families that have one."""
+    cap = config.logit_soft_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def positions_of(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

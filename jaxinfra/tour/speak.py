@@ -52,8 +52,6 @@ def _ask(tour: Tour, model: Model, prompt: str, chat: bool) -> tuple[str, str]:
         answer.append(piece)
         tour.console.out(piece, end="", highlight=False)
     assert conversation.stream is not None
-    line = session.status(
-        conversation.stream, params, model.config, tour.left.get("bandwidth")
-    )
+    line = session.status(conversation.stream, params, model.config, tour.left.get("bandwidth"))
     tour.console.print(f"\n[dim]{line}[/dim]", highlight=False)
     return "".join(answer), line

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxinfra.model import moe
 from jaxinfra.model.config import ModelConfig
@@ -18,7 +18,7 @@ from jaxinfra.model.params import Params
 from jaxinfra.model.transformer import hidden, unembedding
 from pallas_kernels import linear_cross_entropy
 
-Batch = Mapping[str, Int[Array, "B T+1"]]
+Batch = Mapping[str, Any]  # int32 [B, T + 1]: "tokens", and "segment_ids" where rows are packed
 
 
 def target_weights(batch: Batch) -> Float[Array, "B T"]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfra.errors import UserError
-from jaxinfra.generate.sampling import Sampling, row_keys, sample
+from jaxinfra.generate.sampling import Sampling, _least_kept, row_keys, sample
 
 DRAWS = 20_000
 LOGITS = np.array([1.1, 2.0, -0.5, 0.3, 1.7, 0.9, -1.2, 2.3, 0.0, -3.0, 0.6, 1.4], np.float32)
@@ -56,7 +56,9 @@ def fits(found: np.ndarray, p: np.ndarray) -> bool:
         return False
     wanted, found = DRAWS * p[p > 0], found[p > 0]
     freedom = len(wanted) - 1
-    return float(((found - wanted) ** 2 / wanted).sum()) <= freedom + 6 * np.sqrt(2 * freedom) + 1e-9
+    return (
+        float(((found - wanted) ** 2 / wanted).sum()) <= freedom + 6 * np.sqrt(2 * freedom) + 1e-9
+    )
 
 
 @pytest.mark.parametrize("s", SETTINGS, ids=str)
@@ -90,8 +92,6 @@ def test_temperature_zero_is_argmax():
 
 def test_the_bisection_keeps_what_a_sort_keeps():
     logits = 3 * jax.random.normal(jax.random.key(2), (64, 300))
-    from jaxinfra.generate.sampling import _least_kept
-
     p = np.asarray(jax.nn.softmax(logits), np.float32)
     for top_p in (1e-6, 0.3, 0.9, 0.999):
         kept = (p >= np.asarray(_least_kept(jnp.asarray(p), top_p))[:, None]).sum(1)

@@ -1,5 +1,7 @@
 """Models and batches small enough to train in a test."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -24,18 +26,25 @@ def tokens(B: int, T: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, V, (B, T + 1), np.int32)
 
 
-def random_params(config: ModelConfig, scale: float = 4.0):
+@functools.partial(jax.jit, static_argnums=0)
+def random_params(config: ModelConfig):
     """Initial parameters with larger matrices, so that logits differ visibly."""
     params = P.init(jax.random.key(1), config)
-    return jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 2 else leaf, params)
+    return jax.tree.map(lambda leaf: leaf * 4.0 if leaf.ndim > 2 else leaf, params)
 
 
 def start(config: ModelConfig, optimizer: OptimizerConfig | None = None, steps=50, **options):
     """(a state, its step) of a short run."""
     optimizer = optimizer or OptimizerConfig(warmup_steps=2)
+    create, step = _programs(config, optimizer, steps, **options)
+    return create(random_params(config)), step
+
+
+@functools.cache
+def _programs(config: ModelConfig, optimizer: OptimizerConfig, steps: int, **options):
     tx = make_optimizer(optimizer, steps)
-    state = TrainState.create(random_params(config), tx)
-    return state, make_step(config, tx, schedule(optimizer, steps), **options)
+    create = jax.jit(lambda params: TrainState.create(params, tx))
+    return create, make_step(config, tx, schedule(optimizer, steps), **options)
 
 
 def differences(a, b) -> float:

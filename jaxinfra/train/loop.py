@@ -1,0 +1,328 @@
+"""The training run: data, step, evaluation, samples, checkpoints, metrics, and a clean end.
+
+The device always has a step to do: batches are made two ahead in another thread, and the metrics of
+a step are fetched when the next one but one has been handed over. Ctrl-C and SIGTERM end the step,
+save and say how to go on; a resumed run gives the bits of one that was never stopped.
+
+    python -m jaxinfra train --data stdlib --steps 300
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxinfra.errors import UserError
+from jaxinfra.generate import Sampling, generate
+from jaxinfra.hardware.detect import detect
+from jaxinfra.load import load
+from jaxinfra.model import params as P
+from jaxinfra.model import presets
+from jaxinfra.model.config import ModelConfig
+from jaxinfra.model.counts import train_flops_per_token
+from jaxinfra.model.params import Params
+from jaxinfra.text.tokenizer import Tokenizer
+from jaxinfra.train.checkpoint import Checkpoints
+from jaxinfra.train.config import TrainConfig
+from jaxinfra.train.data import Data, open_data
+from jaxinfra.train.metrics import Meter, MetricsLog, read_metrics
+from jaxinfra.train.optimizer import make_optimizer, schedule
+from jaxinfra.train.step import TrainState, make_evaluation, make_step
+from jaxinfra.train.tokens import fingerprint
+from jaxinfra.weights import safetensors
+from jaxinfra.weights.pull import pull
+
+_AHEAD = 2  # batches ready, and steps handed over to the device and not looked at yet
+_SAMPLE_TOKENS = 96
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run leaves: the state after its last step, its rows of metrics, its model folder."""
+
+    model_config: ModelConfig
+    state: TrainState
+    tokenizer: Tokenizer
+    rows: list[dict[str, Any]]
+    model: Path | None  # for `jaxinfra.load`; None when the run was stopped before its end
+
+
+def train(
+    config: TrainConfig,
+    *,
+    console: Console | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> Result:
+    """Trains as `config` says, in `config.out`: checkpoints, metrics.jsonl, and at the end `model`.
+
+    Args:
+      on_row: receives each step's row of metrics (`jaxinfra.train.metrics`), two steps late.
+
+    Raises UserError where `config` asks for what is not there or does not fit together, where
+    `config.out` holds a run and `config.resume` is not set, and where the disk is full.
+    """
+    return _Run(config, console or Console(), on_row or (lambda row: None)).run()
+
+
+class _Run:
+    """One run, taken apart into what is done once, every step, and now and then."""
+
+    def __init__(self, config: TrainConfig, console: Console, on_row: Callable) -> None:
+        self.config, self.console, self.on_row = config, console, on_row
+        self.out = Path(config.out).expanduser()
+        self.dtype = _dtype(config.dtype)
+        self.model_config, self.tokenizer, make_params = _model(config)
+        self.tokenizer.check(self.model_config)
+        self.data = open_data(config, self.tokenizer)
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        about = _about(config, self.dtype, self.model_config, self.tokenizer, self.data)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", about, config.keep)
+        self.state = self._start(make_params)
+        self.first = int(self.state.step)
+        options = {"dtype": self.dtype, "remat": config.remat}
+        self.step = make_step(
+            self.model_config, self.optimizer, schedule(config.optimizer, config.steps),
+            accumulate=config.accumulate, z_loss=config.z_loss, **options,
+        )  # fmt: skip
+        self.evaluate = make_evaluation(self.model_config, **options)
+        self.meter = Meter(
+            config.log_every,
+            train_flops_per_token(self.model_config, config.seq_len),
+            detect().flops.get(self.dtype.name),
+        )
+        self.log = MetricsLog(self.out, self.first)
+        self.pending: collections.deque[tuple[int, dict]] = collections.deque()
+
+    def _start(self, make_params: Callable[[], Params]) -> TrainState:
+        create = functools.partial(TrainState.create, optimizer=self.optimizer)
+        there = self.checkpoints.steps()
+        if there and not self.config.resume:
+            raise UserError(
+                f"{self.out}: holds a run at step {there[-1]}; add --resume to go on with it, or "
+                "give another --out"
+            )
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(create, P.abstract(self.model_config)),
+        )
+        restored = self.checkpoints.restore(like) if self.config.resume else None
+        if restored is not None:
+            return restored
+        return jax.jit(create, donate_argnums=0)(make_params())
+
+    def run(self) -> Result:
+        self._introduce()
+        try:
+            with _stop_asked() as asked:
+                done = self._steps(asked)
+                if done not in self.checkpoints.steps():
+                    self.checkpoints.save(self.state)
+                self.checkpoints.finish()
+        finally:
+            self.checkpoints.close()
+            self.log.close()
+        model = self._export() if done >= self.config.steps else None
+        if model is None:
+            end = f"stopped after step {done} and saved; the same command with --resume goes on"
+        else:
+            end = f"the model is in {model}"
+        self.console.print(end, highlight=False)
+        rows = read_metrics(self.out / "metrics.jsonl")
+        return Result(self.model_config, self.state, self.tokenizer, rows, model)
+
+    def _introduce(self) -> None:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        row = f"{self.config.batch_size} x {self.config.seq_len} tokens a step"
+        self.console.print(
+            f"{count / 1e6:.1f} M parameters, {len(self.data.file.ids) / 1e6:.1f} M tokens, {row}, "
+            f"{self.dtype.name}" + (f", from step {self.first}" if self.first else ""),
+            highlight=False,
+        )
+
+    def _steps(self, asked: list[int]) -> int:
+        """Trains until the last step or until `asked` holds something; gives the steps done."""
+        first, last, done = self.first, self.config.steps, self.first
+        with _progress(self.console, first, last) as self.progress:
+            for done, batch in enumerate(_ahead(self.data, first, last), first + 1):
+                self.state, metrics = self.step(self.state, batch)
+                self.pending.append((done, metrics))
+                self._look(_AHEAD)
+                if more := self._now_and_then(done):
+                    self._look(0, more)
+                    self.meter.restart()
+                if done == first + 1:  # it was compiled in that time
+                    self._look(0)
+                    self.meter.restart()
+                if done % self.config.checkpoint_every == 0:
+                    self.checkpoints.save(self.state)
+                if asked:
+                    break
+            self._look(0)
+        return done
+
+    def _look(self, keep: int, more: dict[str, Any] | None = None) -> None:
+        """Fetches metrics of all steps handed over but the last `keep`; `more` is of the last."""
+        while len(self.pending) > keep:
+            step, metrics = self.pending.popleft()
+            row = {"step": step, **{k: v.item() for k, v in jax.device_get(metrics).items()}}
+            row["tokens"] = int(row["tokens"])
+            row |= self.meter.add(row["tokens"])
+            if more and not self.pending:
+                row |= more
+            self.log.write(row)
+            self.on_row(row)
+            self.progress(row)
+
+    def _now_and_then(self, done: int) -> dict[str, Any]:
+        """What is due after step `done` besides training: an evaluation, a sample."""
+        more: dict[str, Any] = {}
+        if self.data.held_out and _due(done, self.config.eval_every, self.config.steps):
+            batches = self.data.validation_batches(self.config.eval_batches)
+            sums = jax.device_get([self.evaluate(self.state.params, batch) for batch in batches])
+            more["validation_nll"] = float(sum(s for s, _ in sums) / sum(n for _, n in sums))
+            line = f"step {done}: held-out loss {more['validation_nll']:.4f}"
+            self.console.print(line, highlight=False)
+        if _due(done, self.config.sample_every, self.config.steps):
+            more["sample"] = self._sample(done)
+            self.console.print(f"step {done} writes:", style="bold", highlight=False)
+            self.console.print(more["sample"], markup=False, highlight=False)
+        return more
+
+    def _sample(self, seed: int) -> str:
+        prompt = self.tokenizer.encode(self.config.prompt)
+        params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), self.state.params)
+        made = generate(
+            params, self.model_config, [prompt], max_new_tokens=_SAMPLE_TOKENS,
+            sampling=Sampling(temperature=0.8, top_p=0.95, seed=seed),
+            stop_ids=self.tokenizer.eos_ids,
+        )  # fmt: skip
+        return self.tokenizer.decode([*prompt, *made.tokens[0]])
+
+    def _export(self) -> Path:
+        """Writes `out/model`, in place of an earlier one once it is whole."""
+        model, new = self.out / "model", self.out / ".model.new"
+        shutil.rmtree(new, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=self.out) as words:
+            self.tokenizer.save(words)
+            safetensors.save(new, self.state.params, self.model_config, tokenizer_from=words)
+        shutil.rmtree(model, ignore_errors=True)
+        os.replace(new, model)
+        return model
+
+
+def _model(config: TrainConfig) -> tuple[ModelConfig, Tokenizer, Callable[[], Params]]:
+    """The shape, the tokenizer, and how to make the first parameters."""
+    start = None if config.finetune is None else load(config.finetune)
+    if config.tokenizer is not None:
+        path = pull(config.tokenizer)
+        from_gguf = path.suffix == ".gguf"
+        tokenizer = Tokenizer.from_gguf(path) if from_gguf else Tokenizer.from_folder(path)
+    else:
+        tokenizer = start.tokenizer if start else Tokenizer.byte_level()
+    if start is not None:
+        return start.config, tokenizer, lambda: start.params
+    model_config = presets.find(config.model)
+    init = jax.jit(P.init, static_argnums=1)
+    return model_config, tokenizer, lambda: init(jax.random.key(config.seed), model_config)
+
+
+def _about(
+    config: TrainConfig, dtype: Any, model: ModelConfig, tokenizer: Tokenizer, data: Data
+) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run. `steps` may grow."""
+    return {
+        "model": model.to_hf(),
+        "tokenizer": fingerprint(tokenizer),
+        "data": {
+            "sha256": data.file.sha256,
+            "validation": config.validation,
+            "separate_documents": config.separate_documents,
+            "seed": config.seed,
+        },
+        "batch": {
+            "batch_size": config.batch_size,
+            "seq_len": config.seq_len,
+            "accumulate": config.accumulate,
+        },
+        "optimizer": dataclasses.asdict(config.optimizer),
+        "z_loss": config.z_loss,
+        "dtype": dtype.name,
+    }
+
+
+def _dtype(name: str) -> Any:
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _due(done: int, every: int, last: int) -> bool:
+    return bool(every) and (done % every == 0 or done == last)
+
+
+def _ahead(data: Data, first: int, last: int) -> Iterator[dict[str, jax.Array]]:
+    """Batches first, ..., last - 1 on the device, made ahead of their use."""
+    with ThreadPoolExecutor(1) as pool:
+        made: collections.deque = collections.deque()
+        for step in range(first, last):
+            made.append(pool.submit(lambda step=step: jax.device_put(data.batch_at(step))))
+            if len(made) > _AHEAD:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+
+
+@contextlib.contextmanager
+def _stop_asked() -> Iterator[list[int]]:
+    """A list that is no longer empty after Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # signals go to the main thread alone
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _progress(console: Console, first: int, last: int) -> Iterator[Callable[[dict], None]]:
+    """A bar that each row of metrics moves."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=last, completed=first, told="compiling")
+
+        def show(row: dict[str, Any]) -> None:
+            told = f"loss {row['loss']:.3f}"
+            if "tokens_per_s" in row:
+                told += f"  {row['tokens_per_s']:,.0f} tokens/s"
+            if "mfu" in row:
+                told += f"  {row['mfu']:.0%} MFU"
+            progress.update(task, completed=row["step"], told=told)
+
+        yield show

@@ -1,0 +1,82 @@
+"""The shell: it starts without jax, names what it does not know, and shows users no traceback."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from jaxinfra import cli
+from jaxinfra.errors import UserError
+
+COMMANDS = {ep.name: ep for ep in importlib.metadata.entry_points(group=cli.GROUP)}
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "jaxinfra", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_every_command_with_its_summary(capsys):
+    cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for name, entry_point in COMMANDS.items():
+        summary = entry_point.load().__doc__.partition("\n")[0]
+        assert summary and f"{name} " in shown and summary in shown
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["pull", "--help"]])
+def test_starting_imports_no_jax(argv):
+    code = (
+        "import sys\nfrom jaxinfra import cli\n"
+        f"try:\n    cli.main({argv})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'jax', 'flax', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_command():
+    done = run("trian")
+    assert done.returncode == 2 and "no command 'trian'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["pull", "no/such/folder/x"], "no/such/folder/x"),
+        (["pull", "smollm3-9t", "--offline"], "smollm3-9t"),
+        (["roofline", "no-such-model"], "no-such-model"),
+        (["roofline", "qwen3-0.6b", "--chip", "abacus"], "abacus"),
+        (["generate", "/no/such/model", "Hi"], "/no/such/model"),
+        (["train", "--data", "/no/such/file"], "/no/such/file"),
+        (["train", "--steps", "0"], "steps=0"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, words):
+    done = run(*argv)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    class EntryPoint:
+        load = staticmethod(lambda: broken)
+
+    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda group: [])
+    with pytest.raises(SystemExit):
+        cli.main(["anything"])
+    entry_point = EntryPoint()
+    entry_point.name = "anything"
+    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda group: [entry_point])
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["anything"])
+
+
+def test_user_errors_are_value_errors():
+    assert issubclass(UserError, ValueError)
