@@ -209,19 +209,25 @@ class Stream:
         params, keys, stop = rest
         start = time.perf_counter()
         state = run_prefill(*first)
-        pending, called = state.token[:, None], 1
-        while pending is not None:
+        self._cache = state.cache
+        # Given before the loop starts: on a GPU the loop's call returns when it is nearly done.
+        new = self._accept(np.asarray(state.token[:, None]))
+        self._first_s = time.perf_counter() - start
+        yield new
+        pending, called = None, 1
+        while True:
             ahead = None
             if called < self._max_new and None in self.finish:
                 state, ahead = run_decode(params, state, keys, stop)
+                self._cache = state.cache
                 called += steps
-            self._cache = state.cache
-            new = self._accept(np.asarray(pending))
-            elapsed = time.perf_counter() - start
-            self._first_s = self._first_s or elapsed
-            self._decode_s = elapsed - self._first_s
-            if any(new):
-                yield new
+            if pending is not None:
+                new = self._accept(np.asarray(pending))
+                self._decode_s = time.perf_counter() - start - self._first_s
+                if any(new):
+                    yield new
+            if ahead is None:
+                return
             pending = ahead
 
     def _accept(self, block: np.ndarray) -> list[list[int]]:

@@ -38,19 +38,19 @@ def ceilings(device: jax.Device | None = None, budget: float = 3.0) -> Ceilings:
 
     CPUs are measured in float32 and bfloat16; GPUs and TPUs in bfloat16, a T4 in float16.
     """
-    device = device or jax.local_devices()[0]
-    cpu = device.platform == "cpu"
-    dtypes = ["bfloat16"] if not cpu else ["float32", "bfloat16"]
-    if getattr(device, "compute_capability", "8.0") < "8.0":
-        dtypes = ["float16"]
+    target = jax.local_devices()[0] if device is None else device
+    if target.platform == "cpu":
+        dtypes, start = ("float32", "bfloat16"), 256
+    else:
+        old = float(getattr(target, "compute_capability", 8)) < 8  # no bfloat16 in hardware
+        dtypes, start = ("float16" if old else "bfloat16",), 8192
     share = budget / (1 + len(dtypes))
-    with jax.default_device(device):
-        copied, bandwidth = _copy(device, share)
-        flops, sizes = {}, {}
+    flops, sizes = {}, {}
+    with jax.default_device(target):
+        copied, bandwidth = _copy(target, share)
         for dtype in dtypes:
-            start = 256 if cpu else 8192
             sizes[dtype], flops[dtype] = _matmul(dtype, start, share)
-    return Ceilings(device.device_kind, bandwidth, copied, flops, sizes)
+    return Ceilings(target.device_kind, bandwidth, copied, flops, sizes)
 
 
 def memory_bytes(device: jax.Device) -> int | None:
@@ -69,7 +69,8 @@ def _copy(device: jax.Device, budget: float) -> tuple[int, float]:
     negate = jax.jit(jnp.negative, donate_argnums=0)
 
     def seconds(size: int, budget: float) -> float:
-        array = jax.random.normal(jax.random.key(0), (size // 4,), jnp.float32)
+        block = jax.random.normal(jax.random.key(0), (1 << 20,), jnp.float32)  # 4 MiB, repeated
+        array = jnp.tile(block, size >> 22)
 
         def call() -> None:
             nonlocal array
@@ -94,9 +95,7 @@ def _matmul(dtype: str, start: int, budget: float) -> tuple[int, float]:
     return n, 2 * n**3 / seconds(n, budget)
 
 
-def _grow(
-    seconds: Callable[[int], float], size: int, most: int, power: int, budget: float
-) -> int:
+def _grow(seconds: Callable[[int], float], size: int, most: int, power: int, budget: float) -> int:
     """The size, a power of two times the first, whose call fills about a tenth of the budget."""
     ratio = (budget / 10 / seconds(size)) ** (1 / power)
     return size if ratio < 2 else min(size << int(math.log2(ratio)), max(size, most))

@@ -171,16 +171,17 @@ def extend(
     if config.rope_local is not None:
         ropes.append(rope.table(config.rope_local, config.head_dim, positions))
     x = model.embed(cast(Params, params), config, tokens)
+    along_memory = isinstance(params.unembed, Rows)
+    attend = _attend_one if along_memory and T == 1 else _attend
+    write = _write_slice if along_memory or T > 1 else _write_one
     keys, values = [], []
     for i, layer in enumerate(params.layers):
         window = config.window(i)
         cos_sin = ropes[-1] if window is not None else ropes[0]
         h = model.norm(x, layer.attn_norm, config)
-        q, k, v = _project_qkv(cast(FusedAttention, layer.attn), h, config)
-        q, k = model.rotate_qk(layer.attn, q, k, config, cos_sin)
-        keys.append(_write(cache.k[i], k, cache.length))
-        values.append(_write(cache.v[i], v, cache.length))
-        attend = _attend_one if T == 1 and isinstance(params.unembed, Rows) else _attend
+        q, k, v = _queries_keys_values(cast(FusedAttention, layer.attn), h, config, cos_sin)
+        keys.append(write(cache.k[i], k, cache.length))
+        values.append(write(cache.v[i], v, cache.length))
         out = attend(q, keys[-1], values[-1], cache.length, window, config)
         out = project(out.reshape(B, T, -1), cast(FusedAttention, layer.attn).o)
         x = model.residual(x, out, layer.post_attn_norm, config)
@@ -197,13 +198,19 @@ def head(
     return model.cap_logits(project(x, params.unembed, jnp.float32), config)
 
 
-def _project_qkv(attn: FusedAttention, x: Array, config: ModelConfig) -> list[Array]:
+def _queries_keys_values(
+    attn: FusedAttention, x: Array, config: ModelConfig, cos_sin: tuple[Array, Array]
+) -> list[Array]:
+    """Queries and keys, normed and rotated together in as few operations as can be, and values."""
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     y = project(x, attn.qkv)
     if attn.qkv_bias is not None:
         y = y + attn.qkv_bias
-    N, K = config.num_heads, config.num_kv_heads
-    y = y.reshape(*x.shape[:2], N + 2 * K, config.head_dim)
-    return jnp.split(y, [N, N + K], axis=2)
+    qk, v = jnp.split(y.reshape(*x.shape[:2], N + 2 * K, H), [N + K], axis=2)
+    if config.qk_norm:
+        weights = [jnp.broadcast_to(attn.q_norm, (N, H)), jnp.broadcast_to(attn.k_norm, (K, H))]
+        qk = model.norm(qk, jnp.concatenate(weights), config)
+    return [*jnp.split(rope.rotate(qk, cos_sin), [N], axis=2), v]
 
 
 def _feed_forward(layer: Layer, x: Array, config: ModelConfig) -> Array:
@@ -249,17 +256,25 @@ def _attend_one(
     return out.astype(q.dtype)
 
 
-def _write(
+def _write_one(
+    cached: Float[Array, "B K S H"], new: Float[Array, "B 1 K H"], start: Int[Array, " B"]
+) -> Float[Array, "B K S H"]:
+    """`_write_slice` of one token by a scatter, which XLA:CPU does in place.
+
+    Of a slice update inside a loop it makes two and copies the cache for both.
+    """
+    B, K = cached.shape[:2]
+    row, head = jnp.arange(B)[:, None], jnp.arange(K)[None, :]
+    return cached.at[row, head, start[:, None]].set(new[:, 0].astype(cached.dtype), mode="drop")
+
+
+def _write_slice(
     cached: Float[Array, "B K S H"], new: Float[Array, "B T K H"], start: Int[Array, " B"]
 ) -> Float[Array, "B K S H"]:
     """The cache with `new` put into each row at its own position."""
-    B, K = cached.shape[:2]
-    new = new.astype(cached.dtype)
-    if new.shape[1] == 1:
-        # XLA:CPU updates in place by a scatter; of a slice update it makes two and copies for both.
-        row, head = jnp.arange(B)[:, None], jnp.arange(K)[None, :]
-        return cached.at[row, head, start[:, None]].set(new[:, 0], mode="drop")
-    new = jnp.swapaxes(new, 1, 2)
+    new = jnp.swapaxes(new, 1, 2).astype(cached.dtype)
+    if cached.shape[0] == 1:
+        return jax.lax.dynamic_update_slice(cached, new, (0, 0, start[0], 0))
     return jax.vmap(lambda c, n, s: jax.lax.dynamic_update_slice(c, n, (0, s, 0)))(
         cached, new, start
     )

@@ -149,11 +149,11 @@ def operations(
         ops.append(matmul("gate+up", L, tokens, D, 2 * F))
         ops.append(matmul("down", L, tokens, F, D))
     flops, weights, x, y = _elementwise(c, k * F, k)
-    ops.append(
-        operation("norms, rope, residual, activation", "elementwise", L, tokens * flops, weights,
-                  tokens * x, tokens * y)
+    pointwise = operation(  # the layers' and the final norm's
+        "norms, rope, activation", "elementwise", 1, tokens * (L * flops + 4 * D),
+        L * weights + D, tokens * (L * x + D), tokens * (L * y + D),
     )  # fmt: skip
-    ops.append(operation("final norm", "elementwise", 1, 4 * tokens * D, D, tokens * D, tokens * D))
+    ops.append(dataclasses.replace(pointwise, layers=L))
     rows = tokens if train else batch
     logits = 0 if train else rows * V * 4 / width
     name = "unembed + loss" if train else "unembed"

@@ -45,7 +45,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, whole by its name, oldest first."""
-        return sorted(self._manager.all_steps(read=True))
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
         """Begins to write `state`, which may be donated as soon as this returns.
@@ -95,7 +96,6 @@ class Checkpoints:
                 continue
             for later in steps[steps.index(step) + 1 :]:
                 os.replace(self.folder / str(later), _unused(self.folder / f"{later}.damaged"))
-            self._manager.reload()
             return state
         if steps:
             raise UserError(

@@ -89,6 +89,11 @@ class _Run:
         self.dtype = _dtype(config.dtype)
         self.model_config, self.tokenizer, make_params = _model(config)
         self.tokenizer.check(self.model_config)
+        if config.seq_len > self.model_config.max_seq_len:
+            raise UserError(
+                f"train: seq_len={config.seq_len} exceeds the model's max_seq_len="
+                f"{self.model_config.max_seq_len}; give a smaller one"
+            )
         self.data = open_data(config, self.tokenizer)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         about = _about(config, self.dtype, self.model_config, self.tokenizer, self.data)
