@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
-if TYPE_CHECKING:
-    pass
+from jaxinfra.errors import UserError
+from jaxinfra.train.config import TrainConfig
+
+
+def doctor() -> None:
+    """Says what this machine can run, and which implementation each operation takes and why."""
+    from rich.console import Console
+
+    from jaxinfra.hardware.doctor import examine, render
+
+    Console().print(render(examine()))
+
+
+def roofline(
+    model: Positional[str],
+    /,
+    *,
+    chip: str = "here",
+    phases: tuple[Literal["prefill", "decode", "train"], ...] = ("prefill", "decode", "train"),
+    batch: int = 1,
+    seq_len: int = 2048,
+    dtype: str | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Shows where each operation of a model stands under a chip's roof.
+
+    Args:
+      model: a preset (qwen3-0.6b), a config.json, a model folder or a .gguf file.
+      chip: a chip's name (H200, v5e), or "here" for this machine, measured.
+      phases: what the model does.
+      batch: sequences.
+      seq_len: tokens of each.
+      dtype: of weights, activations and cache; by default what one computes in on the chip.
+      plot: also draw it, into this .svg or .png.
+    """
+    from rich.console import Console
+
+    from jaxinfra.hardware import roofline_view
+    from jaxinfra.hardware.roofline import for_model
+
+    if batch < 1 or seq_len < 1:
+        raise UserError(f"roofline: batch={batch}, seq_len={seq_len}: give 1 or more")
+    report = for_model(model, chip, phases=phases, batch=batch, seq_len=seq_len, dtype=dtype)
+    Console().print(roofline_view.render_table(report))
+    if plot is not None:
+        roofline_view.plot(report, plot)
+        print(plot)
 
 
 def pull(name: Positional[str], /, *, offline: bool = False) -> None:
@@ -20,3 +67,72 @@ def pull(name: Positional[str], /, *, offline: bool = False) -> None:
     from jaxinfra.weights.pull import pull as fetch
 
     print(fetch(name, offline=offline))
+
+
+def train(config: Annotated[TrainConfig, OmitArgPrefixes], /) -> None:
+    """Trains a model on one device; Ctrl-C saves, --resume goes on to the bit."""
+    from jaxinfra.train.loop import train as run
+
+    run(config)
+
+
+def generate(
+    model: Positional[str],
+    prompt: Positional[str | None] = None,
+    /,
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    offline: bool = False,
+) -> None:
+    """Completes a prompt or chats in the terminal, streamed, with tokens/s and their bound.
+
+    Args:
+      model: a short name (smollm2-135m), a Hugging Face id, a model folder or a .gguf file.
+      prompt: answered once; without it, and on a terminal, a conversation begins.
+      chat: answer by the chat template; by default where the model has one.
+      system: the system's message.
+      max_new_tokens: of each answer.
+      temperature: 0 takes the most likely token.
+      top_k: draw from the k most likely only; 0: from all.
+      top_p: draw from the smallest set with this much probability.
+      seed: of the draws.
+      dtype: of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere.
+      offline: use only what is on this machine.
+    """
+    import jax
+
+    from jaxinfra.generate import Sampling, session
+    from jaxinfra.hardware.detect import detect
+    from jaxinfra.load import load
+
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    session.run(
+        load(model, dtype=dtype, offline=offline), prompt, chat=chat, system=system,
+        max_new_tokens=max_new_tokens, sampling=sampling, bandwidth=detect().bandwidth,
+    )  # fmt: skip
+
+
+def tour(
+    *, out: Path = Path("tour-report.html"), quick: bool = False, only: tuple[str, ...] = ()
+) -> None:
+    """Goes through the stack, bottom to top, on this machine; ends in an HTML report.
+
+    Args:
+      out: the report.
+      quick: less of everything.
+      only: the stages whose names contain one of these words.
+    """
+    from jaxinfra.tour import run
+
+    sys.exit(run(out, quick=quick, only=only))

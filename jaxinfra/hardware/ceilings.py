@@ -12,14 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-_CALLS = 5  # at least so many timed, where the budget allows
+from jaxinfra.measure.clock import time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +70,12 @@ def _copy(device: jax.Device, budget: float) -> tuple[int, float]:
         block = jax.random.normal(jax.random.key(0), (1 << 20,), jnp.float32)  # 4 MiB, repeated
         array = jnp.tile(block, size >> 22)
 
-        def call() -> None:
+        def call() -> jax.Array:
             nonlocal array
             array = negate(array)
-            array.block_until_ready()
+            return array
 
-        return _median(call, budget)
+        return time(call, seconds=budget, least=2, most=20).median
 
     size = _grow(lambda size: seconds(size, 0.0), 16 << 20, most, 1, budget)
     return size, 2 * size / seconds(size, budget)
@@ -89,7 +87,7 @@ def _matmul(dtype: str, start: int, budget: float) -> tuple[int, float]:
     def seconds(n: int, budget: float) -> float:
         keys = jax.random.split(jax.random.key(1))
         a, b = (jax.random.normal(key, (n, n), jnp.float32).astype(dtype) for key in keys)
-        return _median(lambda: product(a, b).block_until_ready(), budget)
+        return time(product, a, b, seconds=budget, least=2, most=20).median
 
     n = _grow(lambda n: seconds(n, 0.0), start, 16384, 3, budget)
     return n, 2 * n**3 / seconds(n, budget)
@@ -99,14 +97,3 @@ def _grow(seconds: Callable[[int], float], size: int, most: int, power: int, bud
     """The size, a power of two times the first, whose call fills about a tenth of the budget."""
     ratio = (budget / 10 / seconds(size)) ** (1 / power)
     return size if ratio < 2 else min(size << int(math.log2(ratio)), max(size, most))
-
-
-def _median(call: Callable[[], object], budget: float) -> float:
-    """Median seconds of a call after one that compiles; two timed calls, or more in `budget`."""
-    call()
-    times: list[float] = []
-    while len(times) < 2 or (len(times) < _CALLS * 4 and sum(times) < budget):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)

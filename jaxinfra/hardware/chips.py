@@ -3,7 +3,8 @@
 Dense rates only: where a datasheet quotes 2:4 sparsity, its figure is halved. FLOP/s count a
 multiply-add as two, integer operations likewise. A dtype that a chip's matrix units do not take is
 absent from `flops`; None means that they take it and no source we found gives the rate. Bandwidths
-of links are one direction, all links of the chip together. GB are 1e9 bytes, GiB 2**30.
+of links are one direction, all links of the chip together. GB are 1e9 bytes, GiB 2**30. A source
+of the form "X, by Y" is document X as page Y quotes it.
 """
 
 from __future__ import annotations
@@ -64,22 +65,24 @@ def _tera(**rates: float | None) -> dict[str, float | None]:
     return {dtype: None if rate is None else rate * TERA for dtype, rate in rates.items()}
 
 
-_A100 = "NVIDIA A100 Tensor Core GPU datasheet (2022)"
-_AMPERE = "NVIDIA A100 Tensor Core GPU Architecture whitepaper"
-_H100 = "NVIDIA H100 Tensor Core GPU datasheet, SXM column, sparse rates halved"
-_HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper"
-_B200 = "NVIDIA HGX B200 datasheet, one of eight GPUs at 1,000 W, sparse rates halved"
-_RTX = "NVIDIA RTX Blackwell PRO GPU Architecture whitepaper, Workstation Edition"
+_FIELDS = ("flops", "memory_bytes", "bandwidth", "cores", "on_chip", "links")
+_A100 = "NVIDIA A100 datasheet, by glennklockwood.com/garden/processors/A100"
+_AMPERE = "CUDA deviceQuery on an A100 (Paderborn Center for Parallel Computing)"
+_H100 = "NVIDIA H100 datasheet, SXM, by glennklockwood.com/garden/processors/h100"
+_B200 = "NVIDIA Blackwell brief, HGX B200 at 1,000 W, by glennklockwood.com/garden/processors/B200"
+_RTX = "hmc-tech.com, NVIDIA RTX PRO 6000 Blackwell; NVIDIA itself gives 4,000 sparse FP4 TFLOP/s"
 _TPU = "docs.cloud.google.com/tpu/docs/"
 _TPU_INFO = "jax 0.10.2, jax.experimental.pallas.tpu.get_tpu_info_for_chip"
 _BOOK = "How to Scale Your Model (jax-ml.github.io/scaling-book)"
+_GPUS = f"{_BOOK}, chapter 12"
+_NVLINK = "NVIDIA datasheets, both directions halved"
 _TPU_F32 = "float32 runs as several bfloat16 passes, and no source gives a rate"
 
 _A100_RATES = _tera(
     float32=19.5, tf32=156, bfloat16=312, float16=312, int8=624, int4=1248
 )  # fmt: skip
 _A100_SOURCES = {"flops": _A100, "memory_bytes": _A100, "bandwidth": _A100, "cores": _AMPERE,
-                 "on_chip": _AMPERE, "links": _A100}  # fmt: skip
+                 "on_chip": f"L2: {_AMPERE}; L1: {_GPUS}", "links": _NVLINK}  # fmt: skip
 _A100_ON_CHIP = {"L2": 40 * MIB, "L1 and shared memory": 108 * 192 * 1024}
 _A100_LINKS = (Link("NVLink 3", 300 * GB, 12), Link("PCIe 4", 32 * GB, 1))
 _HOPPER_RATES = _tera(
@@ -93,10 +96,8 @@ _TABLE = (
         flops=_tera(float32=8.1, float16=65, int8=130, int4=260),
         memory_bytes=16 * GB, bandwidth=320 * GB, cores=40, core="SM",
         on_chip={"L2": 4 * MIB}, links=(Link("PCIe 3", 16 * GB, 1),),
-        sources={"flops": "NVIDIA T4 datasheet", "memory_bytes": "NVIDIA T4 datasheet",
-                 "bandwidth": "NVIDIA T4 datasheet", "links": "NVIDIA T4 datasheet",
-                 "cores": "NVIDIA Turing GPU Architecture whitepaper (TU104, 2,560 CUDA cores)",
-                 "on_chip": "TechPowerUp GPU database, Tesla T4"},
+        sources=dict.fromkeys(_FIELDS, "NVIDIA T4 datasheet")
+        | {"cores": "sysrqmts.com, Tesla T4", "on_chip": "sysrqmts.com, Tesla T4"},
         note="no bfloat16 and no TF32 in hardware; use float16",
     ),
     Chip(
@@ -105,11 +106,9 @@ _TABLE = (
                     int4=None),
         memory_bytes=24 * GB, bandwidth=300 * GB, cores=58, core="SM",
         on_chip={"L2": 48 * MIB}, links=(Link("PCIe 4", 32 * GB, 1),),
-        sources={"flops": "NVIDIA L4 datasheet, sparse rates halved",
-                 "memory_bytes": "NVIDIA L4 datasheet", "bandwidth": "NVIDIA L4 datasheet",
-                 "links": "NVIDIA L4 datasheet",
-                 "cores": "7,424 CUDA cores, 128 an SM; agrees with 30.3 TFLOP/s at 2.04 GHz",
-                 "on_chip": "TechPowerUp GPU database, L4"},
+        sources=dict.fromkeys(_FIELDS, "NVIDIA L4 datasheet, sparse rates halved")
+        | {"cores": "7,424 CUDA cores, 128 an SM; agrees with 30.3 TFLOP/s at 2.04 GHz",
+           "on_chip": "cputronic.com, NVIDIA L4"},
     ),
     Chip(
         name="A100-40GB", kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
@@ -126,8 +125,7 @@ _TABLE = (
         flops=_HOPPER_RATES, memory_bytes=80 * GB, bandwidth=3350 * GB, cores=132, core="SM",
         on_chip={"L2": 50 * MIB, "L1 and shared memory": 132 * 256 * 1024},
         links=_HOPPER_LINKS,
-        sources={"flops": f"{_H100}; one more digit from the whitepaper", "memory_bytes": _H100,
-                 "bandwidth": _H100, "cores": _HOPPER, "on_chip": _HOPPER, "links": _H100},
+        sources=dict.fromkeys(_FIELDS, _H100) | {"on_chip": _GPUS, "links": _NVLINK},
         note="SXM5; the PCIe and NVL boards are slower",
     ),
     Chip(
@@ -135,11 +133,9 @@ _TABLE = (
         flops=_HOPPER_RATES, memory_bytes=141 * GB, bandwidth=4800 * GB, cores=132, core="SM",
         on_chip={"L2": 60 * MIB, "L1 and shared memory": 132 * 256 * 1024},
         links=_HOPPER_LINKS,
-        sources={"flops": "NVIDIA H200 datasheet, SXM column, sparse rates halved; digits as H100",
-                 "memory_bytes": "NVIDIA H200 datasheet", "bandwidth": "NVIDIA H200 datasheet",
-                 "cores": "CUDA driver on an H200", "links": "NVIDIA H200 datasheet",
-                 "on_chip": f"L2: CUDA driver on an H200 (tables often repeat the H100's 50 MB); "
-                            f"L1: {_HOPPER}"},
+        sources={"flops": f"as the H100, of the same die: {_GPUS}", "memory_bytes": _GPUS,
+                 "bandwidth": _GPUS, "cores": "CUDA driver on an H200", "links": _NVLINK,
+                 "on_chip": f"L2: CUDA driver on an H200 (50 MB in {_GPUS}); L1: {_GPUS}"},
         note="SXM5; the NVL board is slower",
     ),
     Chip(
@@ -150,8 +146,9 @@ _TABLE = (
         on_chip={"L2": 126 * MIB, "L1 and shared memory": 148 * 256 * 1024,
                  "tensor memory": 148 * 256 * 1024},
         links=(Link("NVLink 5", 900 * GB, 18),),
-        sources={"flops": _B200, "memory_bytes": _B200, "bandwidth": _B200, "links": _B200,
-                 "cores": f"{_BOOK}, chapter 12", "on_chip": f"{_BOOK}, chapter 12"},
+        sources={"flops": _B200, "bandwidth": _B200, "links": f"{_B200}, both directions halved",
+                 "memory_bytes": "NVIDIA HGX B200 datasheet, an eighth of 1.44 TB",
+                 "cores": _GPUS, "on_chip": _GPUS},
     ),
     Chip(
         name="RTX-PRO-6000",
@@ -161,8 +158,7 @@ _TABLE = (
                     int8=1007.6, float4=2015.2),
         memory_bytes=96 * GB, bandwidth=1792 * GB, cores=188, core="SM",
         on_chip={"L2": 128 * MIB}, links=(Link("PCIe 5", 64 * GB, 1),),
-        sources=dict.fromkeys(("flops", "memory_bytes", "bandwidth", "cores", "on_chip", "links"),
-                              _RTX),
+        sources=dict.fromkeys(_FIELDS, _RTX),
         note="Workstation Edition; the Server Edition's memory is slower (1,597 GB/s)",
     ),
     Chip(

@@ -58,7 +58,7 @@ def read(path: Path, has: Collection[str]) -> Lesson:
     missing = [need for need in needs if need not in has]
     if not missing:
         return Lesson(path.stem, needs, "native", "")
-    if missing == ["mesh8"]:
+    if missing == ["mesh8"] and {*needs} <= {"cpu", "mesh8"}:
         return Lesson(path.stem, needs, "interpreted", "on eight emulated CPU devices")
     if interpreted:
         return Lesson(path.stem, needs, "interpreted", f"no {', '.join(missing)} here")

@@ -177,7 +177,8 @@ def for_model(
 
 
 def _roof(chip: Chip, dtype: str) -> Roof:
-    name = "measured here" if "measured" in chip.note else f"{chip.name} on paper"
+    measured = chip.sources["flops"].startswith("measured here")
+    name = "measured here" if measured else f"{chip.name} on paper"
     matrix = peak(chip, dtype)
     return Roof(name, matrix, chip.bandwidth, chip.flops.get("float32") or matrix)
 

@@ -18,7 +18,16 @@ from jaxinfra.errors import UserError
 from jaxinfra.model.config import ModelConfig
 
 PHASES = ("prefill", "decode", "train")
-BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int4": 0.5}
+BYTES = {
+    "float32": 4,
+    "tf32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8": 1,
+    "int8": 1,
+    "float4": 0.5,
+    "int4": 0.5,
+}
 
 
 @dataclasses.dataclass(frozen=True)

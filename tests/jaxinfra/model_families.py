@@ -61,6 +61,5 @@ CONFIGS = {
         "norm_topk_prob": True,
         "mlp_only_layers": [],
     },
-    "mixtral": _BASE
-    | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
+    "mixtral": _BASE | {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
 }
