@@ -3,7 +3,8 @@
 attainable FLOP/s = min(peak, bandwidth x intensity), intensity in FLOPs a byte (Williams,
 Waterman and Patterson, CACM 52(4), 2009). An operation's time is at least the larger of its FLOPs
 over the peak and its bytes over the bandwidth; a phase's time is the sum over its operations, as
-if each overlapped computing and loading perfectly and none overlapped another.
+if each overlapped computing and loading perfectly and none overlapped another. Where a working set
+fits into on-chip memory, as a small model's does into a CPU's cache, less is loaded than counted.
 
     python -m jaxinfra roofline qwen3-0.6b --chip H200
 """

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from jaxinfra.errors import UserError
@@ -38,23 +39,25 @@ def render_table(report: RooflineReport) -> Table:
     table = Table(
         title=f"{report.model} on {report.chip.name}, {report.dtype}, batch {report.batch}, "
               f"sequence {report.seq_len:,}",
-        caption=_caption(report),
+        caption=_caption(report), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
-    table.add_column("operation")
-    for name in ("FLOPs", "bytes", "FLOPs a byte", "time at least", "share"):
-        table.add_column(name, justify="right")
-    table.add_column("bound by")
+    table.add_column("operation", no_wrap=True)
+    for name in ("FLOPs", "bytes", "FLOPs/B", "time", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bound")
     if report.ceiling:
-        table.add_column("at ceilings here", justify="right")
+        table.add_column("time here", justify="right")
     for phase in report.phases:
-        table.add_row(f"[bold]{phase.name}[/]")
+        here = [] if phase.measured is None else ["", f"[bold]{duration(phase.measured)}[/]"]
+        seconds = f"[bold]{duration(phase.seconds)}[/]"
+        table.add_row(f"[bold]{phase.name}[/]", "", "", "", seconds, "", *here)
         for row in phase.rows:
             op = row.operation
-            cells = [f"  {op.name}", quantity(op.flops, ""), quantity(op.bytes, "B"),
+            cells = [f" {op.name}", quantity(op.flops, ""), quantity(op.bytes, "B"),
                      f"{op.intensity:,.1f}", duration(row.seconds), f"{row.share:.1%}",
                      row.bound]  # fmt: skip
-            table.add_row(*cells, *([duration(row.measured)] if row.measured is not None else []))
-        table.add_row(*_total(phase), end_section=True)
+            table.add_row(*cells, *([] if row.measured is None else [duration(row.measured)]))
+        table.add_section()
     return table
 
 
@@ -124,24 +127,18 @@ def _draw_operations(ax: Axes, phase: Phase, roof: Roof) -> None:
                     fontsize=7, va="top")  # fmt: skip
 
 
-def _total(phase: Phase) -> list[str]:
-    cells = ["  [bold]together[/]", "", "", "", f"[bold]{duration(phase.seconds)}[/]", "",
-             f"[bold]at most {phase.tokens_per_second:,.0f} tokens/s[/]"]  # fmt: skip
-    if phase.measured_tokens_per_second is not None:
-        cells.append(f"[bold]{phase.measured_tokens_per_second:,.0f} tokens/s[/]")
-    return cells
-
-
 def _caption(report: RooflineReport) -> str:
     roofs = [report.roof] + ([report.ceiling] if report.ceiling else [])
     lines = [f"{r.name}: {quantity(r.flops, 'FLOP/s')}, {quantity(r.bandwidth, 'B/s')}, "
-             f"ridge {r.flops / r.bandwidth:,.0f} FLOPs a byte" for r in roofs]  # fmt: skip
+             f"ridge {r.flops / r.bandwidth:,.0f} FLOPs/B" for r in roofs]  # fmt: skip
     memory = report.chip.memory_bytes
     for phase in report.phases:
-        what = "weights, gradients, AdamW" if phase.name == "train" else "weights and cache"
-        line = f"{phase.name} needs {quantity(phase.memory_bytes, 'B')} for {what}"
-        if memory:
-            line += " " + ("of" if phase.memory_bytes <= memory else "and does not fit in")
-            line += f" {quantity(memory, 'B')}"
+        line = f"{phase.name}: at most {phase.tokens_per_second:,.0f} tokens/s"
+        if phase.measured_tokens_per_second is not None:
+            line += f", {phase.measured_tokens_per_second:,.0f} under the ceilings here"
+        what = "weights, gradients and AdamW" if phase.name == "train" else "weights and cache"
+        line += f"; {quantity(phase.memory_bytes, 'B')} for {what}"
+        if memory and phase.memory_bytes > memory:
+            line += f" does not fit in {quantity(memory, 'B')}"
         lines.append(line)
     return "\n".join(lines)

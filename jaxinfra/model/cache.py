@@ -12,6 +12,7 @@ The cache is written in place inside a device loop. MEASURED
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -172,7 +173,7 @@ def extend(
         ropes.append(rope.table(config.rope_local, config.head_dim, positions))
     x = model.embed(cast(Params, params), config, tokens)
     along_memory = isinstance(params.unembed, Rows)
-    attend = _attend_one if along_memory and T == 1 else _attend
+    attend = functools.partial(_attend_one, along_memory) if T == 1 else _attend
     write = _write_slice if along_memory or T > 1 else _write_one
     keys, values = [], []
     for i, layer in enumerate(params.layers):
@@ -236,6 +237,7 @@ def _attend(
 
 
 def _attend_one(
+    along_memory: bool,
     q: Float[Array, "B 1 N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
@@ -243,17 +245,27 @@ def _attend_one(
     window: int | None,
     config: ModelConfig,
 ) -> Float[Array, "B K G H"]:
-    """`_attend` of one query a row by multiplies and sums along memory, as `Rows` are read."""
+    """`_attend` of one query a row, reading the cache as it lies.
+
+    By multiplies and sums `along_memory`, as `Rows` are read, or by matrix products.
+    """
     B, _, N, H = q.shape
-    grouped = q.reshape(B, k.shape[1], N // k.shape[1], 1, H).astype(jnp.float32)
-    logits = jnp.sum(grouped * k[:, :, None].astype(jnp.float32), axis=-1) * config.scale
+    grouped = q.reshape(B, k.shape[1], N // k.shape[1], H)
+    if along_memory:
+        products = grouped[:, :, :, None].astype(jnp.float32) * k[:, :, None].astype(jnp.float32)
+        logits = jnp.sum(products, axis=-1)
+    else:
+        logits = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32)
     position = jnp.arange(k.shape[2])
     seen = position <= length[:, None]
     if window is not None:
         seen &= position > length[:, None] - window
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1)
-    out = jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=3)
-    return out.astype(q.dtype)
+    logits = jnp.where(seen[:, None, None], logits * config.scale, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1)
+    if along_memory:
+        out = jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=3)
+        return out.astype(q.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v)
 
 
 def _write_one(

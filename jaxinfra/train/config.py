@@ -96,7 +96,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints to keep."""
     log_every: int = 10
-    """Steps between looks at the device; all steps are logged, this many late at most."""
+    """Steps over which tokens/s is averaged."""
     resume: bool = False
     """Continue the run in `out`."""
     seed: int = 0

@@ -15,9 +15,7 @@ import dataclasses
 import functools
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +41,7 @@ from jaxinfra.train.config import TrainConfig
 from jaxinfra.train.data import Data, open_data
 from jaxinfra.train.metrics import Meter, MetricsLog, read_metrics
 from jaxinfra.train.optimizer import make_optimizer, schedule
+from jaxinfra.train.signals import stop_asked
 from jaxinfra.train.step import TrainState, make_evaluation, make_step
 from jaxinfra.train.tokens import fingerprint
 from jaxinfra.weights import safetensors
@@ -135,7 +134,7 @@ class _Run:
     def run(self) -> Result:
         self._introduce()
         try:
-            with _stop_asked() as asked:
+            with stop_asked() as asked:
                 done = self._steps(asked)
                 if done not in self.checkpoints.steps():
                     self.checkpoints.save(self.state)
@@ -292,27 +291,6 @@ def _ahead(data: Data, first: int, last: int) -> Iterator[dict[str, jax.Array]]:
                 yield made.popleft().result()
         while made:
             yield made.popleft().result()
-
-
-@contextlib.contextmanager
-def _stop_asked() -> Iterator[list[int]]:
-    """A list that is no longer empty after Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals go to the main thread alone
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What a run tells: one line of JSON a step, TensorBoard where it is installed, and its speed.
 
 `metrics.jsonl` has a line a step: step (from 1), loss, nll (nats a token), grad_norm, lr, tokens,
-skipped; and, from the second look at the device on, tokens_per_s (wall time, over the last
-`log_every` steps), mfu and memory_bytes; validation_nll and sample where there was one. A number
+skipped; and, once `log_every` steps have passed, tokens_per_s (wall time, over that many steps),
+mfu and memory_bytes; validation_nll and sample where there was one. A number
 that is not finite is null.
 """
 

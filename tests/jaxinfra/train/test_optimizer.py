@@ -7,10 +7,9 @@ import optax
 import pytest
 
 from jaxinfra.errors import UserError
-from jaxinfra.model import params as P
 from jaxinfra.train.config import OptimizerConfig
 from jaxinfra.train.optimizer import decayed, make_optimizer, matrices, schedule
-from tests.jaxinfra.train.tiny import BIASED, DENSE, SPARSE, differences
+from tests.jaxinfra.train.tiny import BIASED, DENSE, SPARSE, differences, random_params
 
 
 def test_rate_rises_then_falls_along_a_cosine():
@@ -28,7 +27,7 @@ def test_decay_is_on_matrices_alone(config, name):
     """With zero gradients nothing but decay moves a parameter."""
     settings = OptimizerConfig(name=name, learning_rate=0.5, warmup_steps=0, weight_decay=0.2)
     tx = make_optimizer(settings, 10)
-    params = jax.tree.map(jnp.ones_like, P.init(jax.random.key(0), config))
+    params = jax.tree.map(jnp.ones_like, random_params(config, 0))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for path, leaf in jax.tree.leaves_with_path(updates):
         still = path[-1].name.endswith(("norm", "bias"))
@@ -39,11 +38,11 @@ def test_decay_is_on_matrices_alone(config, name):
 def test_adamw_is_the_formula():
     settings = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.3, clip_norm=1e9)
     tx = make_optimizer(settings, 10**9)
-    params = P.init(jax.random.key(0), DENSE)
+    params = random_params(DENSE, 0)
     state, q = tx.init(params), np.asarray(params.layers.attn.q, np.float64)
     m, v = np.zeros_like(q), np.zeros_like(q)
     for i in range(1, 4):
-        grads = P.init(jax.random.key(i), DENSE)
+        grads = random_params(DENSE, i)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         g = np.asarray(grads.layers.attn.q, np.float64)
@@ -54,8 +53,8 @@ def test_adamw_is_the_formula():
 
 
 def test_clipping_scales_the_whole_gradient():
-    grads = jax.tree.map(lambda leaf: 100.0 * leaf, P.init(jax.random.key(3), DENSE))
-    params = P.init(jax.random.key(0), DENSE)
+    grads = jax.tree.map(lambda leaf: 100.0 * leaf, random_params(DENSE, 3))
+    params = random_params(DENSE, 0)
     clipped = [
         make_optimizer(OptimizerConfig(warmup_steps=0, clip_norm=norm, eps=1.0), 10)
         for norm in (1.0, float(optax.tree.norm(grads)) * 2)
@@ -90,8 +89,8 @@ def _is_axes(node) -> bool:
 def test_muon_orthogonalises_every_matrix_of_every_stack(config):
     settings = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
     tx = make_optimizer(settings, 10)
-    params = P.init(jax.random.key(0), config)
-    grads = P.init(jax.random.key(1), config)
+    params = random_params(config, 0)
+    grads = random_params(config, 1)
     # Layers and experts of very different size: only one by one do they all come out orthogonal.
     grads = jax.tree.map(
         lambda g: g * jnp.reshape(jnp.logspace(0, -3, len(g)), (-1,) + (1,) * (g.ndim - 1)), grads
@@ -109,7 +108,7 @@ def test_muon_orthogonalises_every_matrix_of_every_stack(config):
 
 
 def test_that_check_rejects_adam_and_matrices_merged_over_layers():
-    params, grads = P.init(jax.random.key(0), DENSE), P.init(jax.random.key(1), DENSE)
+    params, grads = random_params(DENSE, 0), random_params(DENSE, 1)
     tx = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.0), 10)
     updates, _ = tx.update(grads, tx.init(params), params)
     q = np.asarray(updates.layers.attn.q, np.float64)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinfra.model import params as P
@@ -26,25 +27,30 @@ def tokens(B: int, T: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, V, (B, T + 1), np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def random_params(config: ModelConfig):
-    """Initial parameters with larger matrices, so that logits differ visibly."""
-    params = P.init(jax.random.key(1), config)
-    return jax.tree.map(lambda leaf: leaf * 4.0 if leaf.ndim > 2 else leaf, params)
+def random_params(config: ModelConfig, seed: int = 1):
+    """Parameters as at the start, but with larger matrices, so that logits differ visibly."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        if path[-1].name.endswith("norm"):
+            return jnp.ones(shape.shape)
+        scale = 0.08 if len(shape.shape) > 2 else 0.02
+        return jnp.asarray(rng.normal(0.0, scale, shape.shape), jnp.float32)
+
+    return jax.tree.map_with_path(leaf, P.abstract(config))
 
 
-def start(config: ModelConfig, optimizer: OptimizerConfig | None = None, steps=50, **options):
-    """(a state, its step) of a short run."""
-    optimizer = optimizer or OptimizerConfig(warmup_steps=2)
-    create, step = _programs(config, optimizer, steps, **options)
-    return create(random_params(config)), step
+def start(config: ModelConfig, **options):
+    """(a state, its step) of a run of 150 steps; equal calls share the compiled step."""
+    tx, step = _programs(config, **options)
+    return TrainState.create(random_params(config), tx), step
 
 
 @functools.cache
-def _programs(config: ModelConfig, optimizer: OptimizerConfig, steps: int, **options):
-    tx = make_optimizer(optimizer, steps)
-    create = jax.jit(lambda params: TrainState.create(params, tx))
-    return create, make_step(config, tx, schedule(optimizer, steps), **options)
+def _programs(config: ModelConfig, **options):
+    optimizer = OptimizerConfig(learning_rate=2e-2, warmup_steps=5, weight_decay=0.0)
+    tx = make_optimizer(optimizer, 150)
+    return tx, make_step(config, tx, schedule(optimizer, 150), **options)
 
 
 def differences(a, b) -> float:
