@@ -4,7 +4,7 @@ Both read the same GGUF and answer the same prompt with the same number of token
 interleaved, after one warm-up each. transformers runs `generate` with its dynamic and its static
 cache; the faster one counts. Compilation and loading are outside the clock of both.
 
-    python benchmarks/decode_vs_transformers.py --rounds 5
+    python -m benchmarks.decode_vs_transformers           # about three minutes on two idle cores
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-import jax
 import jax.numpy as jnp
 import torch
 import transformers
 
 from jaxinfra.generate import generate
 from jaxinfra.generate.session import token_bytes
+from jaxinfra.hardware.ceilings import ceilings
+from jaxinfra.measure import Entry, environment, ratio_interval, write
 from jaxinfra.model.cache import unstack
 from jaxinfra.text import Tokenizer
 from jaxinfra.weights.open import load_weights
@@ -75,7 +76,8 @@ def main() -> None:
     """Runs all contestants in turn and prints medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m", help="a short name or a .gguf file")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--results", help="the folder of the ledger, to write an entry there")
     arguments = parser.parse_args()
     path = pull(arguments.model)
     config, params = load_weights(path, jnp.float32)
@@ -93,23 +95,42 @@ def main() -> None:
     samples = {name: [] for name in contestants}
     for run in contestants.values():
         run()
-    for _ in range(arguments.rounds):
-        for name, run in contestants.items():
-            samples[name].append(run())
-    speed = {name: median(s[0] for s in runs) for name, runs in samples.items()}
-    first = {name: median(s[1] for s in runs) for name, runs in samples.items()}
+    for turn in range(arguments.rounds):
+        for name in list(contestants)[:: 1 if turn % 2 == 0 else -1]:
+            samples[name].append(contestants[name]())
+    rates = {name: [run[0] for run in runs] for name, runs in samples.items()}
+    first = {name: [run[1] for run in runs] for name, runs in samples.items()}
     for name in contestants:
-        print(f"{name:22s} {speed[name]:6.1f} tokens/s  first token {first[name]:.3f} s")
-    best = max(speed, key=lambda name: speed[name] if name != "jaxinfra" else 0.0)
+        print(f"{name:20s} {median(rates[name]):5.1f} tokens/s, first {median(first[name]):.3f} s")
+    peers = list(contestants)[1:]
+    best = max(peers, key=lambda name: median(rates[name]))
+    ratio = median(rates["jaxinfra"]) / median(rates[best])
+    sooner = min(median(first[name]) for name in peers) / median(first["jaxinfra"])
+    bandwidth = ceilings().bandwidth
+    moved = token_bytes(params, config, len(ids) + NEW_TOKENS // 2) * median(rates["jaxinfra"])
     equal = samples["jaxinfra"][0][2] == samples[best][0][2]
-    gigabytes = token_bytes(params, config, len(ids) + NEW_TOKENS // 2) / 1e9
-    print(
-        f"prompt {len(ids)} tokens, {NEW_TOKENS} new; {speed['jaxinfra'] / speed[best]:.2f} times "
-        f"{best}; first token {first[best] / first['jaxinfra']:.2f} times as soon; tokens "
-        f"{'identical' if equal else 'DIFFER'}; {gigabytes:.2f} GB a token = "
-        f"{gigabytes * speed['jaxinfra']:.1f} GB/s; jax {jax.__version__}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}"
+    entry = Entry(
+        name="decode_cpu_vs_transformers",
+        claim=f"Greedy float32 decode of SmolLM2-135M on a CPU is {ratio:.2f} times {best}; "
+        f"the first token comes {sooner:.2f} times as soon as the soonest of transformers",
+        command="python -m benchmarks.decode_vs_transformers",
+        unit="tokens/s",
+        samples={name: rates[name] for name in ("jaxinfra", best)},
+        ratio=ratio,
+        interval=ratio_interval(
+            tuple(1 / rate for rate in rates["jaxinfra"]), tuple(1 / rate for rate in rates[best])
+        ),
+        roofline=f"{moved / bandwidth:.0%} of {bandwidth / 1e9:.1f} GB/s of memory bandwidth, "
+        "measured in this run",
+        inputs=f"one chat prompt of {len(ids)} tokens, {NEW_TOKENS} new tokens, batch 1, float32",
+        mislead="One small model, whose weights a large cache may hold in part; other work on the "
+        "machine slows thread pools that spin more than those that sleep",
+        environment=environment(),
+        extra={"tokens_per_s": rates, "first_token_s": first, "same_tokens": equal},
     )
+    print(f"{entry.claim}; tokens {'identical' if equal else 'DIFFER'}; {entry.roofline}")
+    if arguments.results:
+        write(entry, arguments.results)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How Sphinx builds the documentation: `make docs`."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -25,3 +26,13 @@ default_role = "code"
 html_theme = "sphinx_book_theme"
 html_title = project
 html_theme_options = {"home_page_in_toc": True, "show_navbar_depth": 2}
+
+
+def _end_code(app, what, name, obj, options, lines: list[str]) -> None:
+    """Lets a letter follow code in docstrings, as in `Array`s, which docutils refuses."""
+    lines[:] = [re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line) for line in lines]
+
+
+def setup(app) -> None:
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", _end_code)

@@ -39,8 +39,9 @@ if importlib.util.find_spec("jaxinfra") is None:
     if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
         extra = "[tpu]"
     wanted = f"jaxinfra{{extra}} @ git+{{REPOSITORY}}@{{TAG}}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)"""
 
+_CHECK = """\
 import jax
 
 print("jax", jax.__version__, "on", jax.devices())"""
@@ -54,13 +55,14 @@ def project() -> tuple[str | None, str]:
 
 
 def head(stem: str, repository: str | None, version: str) -> list[tuple[str, str]]:
-    """The cells before the lesson's own: a badge, where there is an address, and the install."""
+    """The cells before the lesson's own: a badge where there is an address, install, check."""
     tag = f"v{version}"
     install = ("code", _INSTALL.format(repository=repository or "", tag=tag))
+    cells = [install, ("code", _CHECK)]
     if repository is None:
-        return [install]
+        return cells
     repo = repository.removeprefix("https://github.com/").removesuffix(".git").strip("/")
-    return [("markdown", _BADGE.format(repo=repo, tag=tag, stem=stem)), install]
+    return [("markdown", _BADGE.format(repo=repo, tag=tag, stem=stem)), *cells]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxinfra.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxinfra.load import Model, load
+    from jaxinfra.loading import Model, load
     from jaxinfra.model.config import ModelConfig
     from jaxinfra.weights.pull import pull
 
@@ -23,8 +23,8 @@ __version__ = "0.1.0"
 __all__ = ["Model", "ModelConfig", "UserError", "load", "pull"]
 
 _HOME = {
-    "Model": "jaxinfra.load",
-    "load": "jaxinfra.load",
+    "Model": "jaxinfra.loading",
+    "load": "jaxinfra.loading",
     "ModelConfig": "jaxinfra.model.config",
     "pull": "jaxinfra.weights.pull",
 }

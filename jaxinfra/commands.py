@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional, arg
 
 from jaxinfra.errors import UserError
 from jaxinfra.train.config import TrainConfig
@@ -69,7 +69,7 @@ def pull(name: Positional[str], /, *, offline: bool = False) -> None:
     print(fetch(name, offline=offline))
 
 
-def train(config: Annotated[TrainConfig, OmitArgPrefixes], /) -> None:
+def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
     """Trains a model on one device; Ctrl-C saves, --resume goes on to the bit."""
     from jaxinfra.train.loop import train as run
 
@@ -85,7 +85,7 @@ def generate(
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    top_k: int = 0,
+    top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
@@ -100,7 +100,7 @@ def generate(
       system: the system's message.
       max_new_tokens: of each answer.
       temperature: 0 takes the most likely token.
-      top_k: draw from the k most likely only; 0: from all.
+      top_k: draw from the k most likely only.
       top_p: draw from the smallest set with this much probability.
       seed: of the draws.
       dtype: of weights and cache; auto: float32 on a CPU, bfloat16 elsewhere.
@@ -110,7 +110,7 @@ def generate(
 
     from jaxinfra.generate import Sampling, session
     from jaxinfra.hardware.detect import detect
-    from jaxinfra.load import load
+    from jaxinfra.loading import load
 
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()

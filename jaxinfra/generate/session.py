@@ -19,7 +19,7 @@ from rich.console import Console
 from jaxinfra.errors import UserError
 from jaxinfra.generate.loop import Stream
 from jaxinfra.generate.sampling import Sampling
-from jaxinfra.load import Model
+from jaxinfra.loading import Model
 from jaxinfra.model import cache as kv
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import MoE

@@ -8,10 +8,11 @@ from jaxinfra.measure.clock import Sample, Stages, compiles, stages, time
 from jaxinfra.measure.compare import Comparison, compare
 from jaxinfra.measure.environment import environment
 from jaxinfra.measure.ledger import Entry, read_all, write
-from jaxinfra.measure.structure import Memory, collectives, flops, memory
+from jaxinfra.measure.structure import Cost, Memory, collectives, cost, flops, memory
 
 __all__ = [
     "Comparison",
+    "Cost",
     "Entry",
     "Memory",
     "Sample",
@@ -19,6 +20,7 @@ __all__ = [
     "collectives",
     "compare",
     "compiles",
+    "cost",
     "environment",
     "flops",
     "memory",

@@ -33,12 +33,11 @@ REMAT = {
 
 
 def norm(x: Float[Array, "... D"], weight: Float[Array, " D"], config: ModelConfig) -> Array:
-    """RMSNorm (arXiv 1910.07467), computed in float32, in x's dtype."""
+    """RMSNorm (arXiv 1910.07467) in x's dtype, computed in float32: so is the weight's gradient."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
-    if config.norm_plus_one:
-        return (x32 * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
-    return x32.astype(x.dtype) * weight
+    scale = weight.astype(jnp.float32)
+    return (x32 * (1.0 + scale if config.norm_plus_one else scale)).astype(x.dtype)
 
 
 def activation(config: ModelConfig) -> Callable[[Array], Array]:
@@ -86,10 +85,32 @@ def residual(x: Array, out: Array, post_norm: Array | None, config: ModelConfig)
 
 def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Array:
     """Token embeddings [B,T,D], scaled where the family does."""
-    x = params.embed[tokens]
+    x = _look_up(params.embed, tokens)
     if config.embed_scale is not None:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x
+
+
+@jax.custom_vjp
+def _look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the table; their gradients are summed in float32.
+
+    A frequent token's gradient is the sum of thousands of small terms, which bfloat16 loses.
+    """
+    return table[tokens]
+
+
+def _look_up_forward(table, tokens):
+    return table[tokens], (table, tokens)
+
+
+def _look_up_backward(residuals, gradient):
+    table, tokens = residuals  # of the table, which lives anyway, only shape and dtype are used
+    total = jnp.zeros(table.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def unembedding(params: Params) -> Float[Array, "D V"]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxinfra.errors import UserError
 from jaxinfra.generate import session
-from jaxinfra.load import Model, load
+from jaxinfra.loading import Model, load
 from jaxinfra.model.cache import unstack
 from jaxinfra.tour.shell import Tour
 

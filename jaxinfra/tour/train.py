@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from matplotlib.figure import Figure
 
-from jaxinfra.load import load
+from jaxinfra.loading import load
 from jaxinfra.tour.shell import Tour
 from jaxinfra.train.config import OptimizerConfig, TrainConfig
 from jaxinfra.train.loop import Result, train

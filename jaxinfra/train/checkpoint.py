@@ -25,7 +25,7 @@ from jaxtyping import Array, UInt
 
 from jaxinfra.errors import UserError
 from jaxinfra.train.step import TrainState
-from jaxinfra.weights.orbax import _Failed, _run
+from jaxinfra.weights.orbax import Failed, run
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 state = self._read(step, like)
-            except _Failed as error:
+            except Failed as error:
                 reason = str(error).partition("\n")[0][:200]
                 _log.warning("%s: damaged, passed over (%s)", self.folder / str(step), reason)
                 continue
@@ -107,17 +107,17 @@ class Checkpoints:
     def _read(self, step: int, like: TrainState) -> TrainState:
         folder = self.folder / str(step)
         item = ocp.args.Composite(about=ocp.args.JsonRestore())
-        about = _run(lambda checkpointer: checkpointer.restore(folder, item)).about
+        about = run(lambda checkpointer: checkpointer.restore(folder, item)).about
         try:
             theirs, expected = about["run"], about["checksum"]
         except (TypeError, KeyError):
-            raise _Failed("its item `about` is not that of a training run") from None
+            raise Failed("its item `about` is not that of a training run") from None
         if other := _differences(theirs, self._about):
             raise UserError(f"{folder}: is of another run: {'; '.join(other)}; give what it had")
         item = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        state = _run(lambda checkpointer: checkpointer.restore(folder, item)).state
+        state = run(lambda checkpointer: checkpointer.restore(folder, item)).state
         if int(checksum(state)) != expected:
-            raise _Failed("its arrays are not the ones that were saved")
+            raise Failed("its arrays are not the ones that were saved")
         return state
 
     def _unwritten(self, step: int | None, error: Exception) -> UserError:

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxinfra.errors import UserError
 from jaxinfra.generate import Sampling, generate
 from jaxinfra.hardware.detect import detect
-from jaxinfra.load import load
+from jaxinfra.loading import load
 from jaxinfra.model import params as P
 from jaxinfra.model import presets
 from jaxinfra.model.config import ModelConfig

@@ -30,7 +30,7 @@ from jaxinfra.weights.names import leaves
 _LAST_READS = 0.1  # seconds; reads under way when another one fails end within them
 
 
-class _Failed(Exception):
+class Failed(Exception):
     """Orbax could not read or write; the message is its own."""
 
 
@@ -47,8 +47,8 @@ def save(path: str | Path, params: Params, config: ModelConfig) -> None:
     with new_folder(path, size) as new:
         whole = new / "whole"  # orbax writes beside it and renames; that must stay inside `new`
         try:
-            _run(lambda checkpointer: checkpointer.save(whole, items))
-        except _Failed as error:
+            run(lambda checkpointer: checkpointer.save(whole, items))
+        except Failed as error:
             full = os.strerror(errno.ENOSPC)
             if full in str(error):
                 raise OSError(errno.ENOSPC, full) from None
@@ -71,8 +71,8 @@ def read_config(path: str | Path) -> ModelConfig:
             )
     try:
         item = ocp.args.Composite(config=ocp.args.JsonRestore())
-        raw = _run(lambda checkpointer: checkpointer.restore(path, item)).config
-    except _Failed as error:
+        raw = run(lambda checkpointer: checkpointer.restore(path, item)).config
+    except Failed as error:
         raise _corrupt(path, error) from None
     try:
         return ModelConfig.from_hf(raw)
@@ -107,13 +107,13 @@ def load(path: str | Path, dtype: Any, sharding: Any = None) -> Params:
         return arrays
 
     try:
-        return jax.tree.unflatten(jax.tree.structure(shapes), _run(restore))
-    except _Failed as error:
+        return jax.tree.unflatten(jax.tree.structure(shapes), run(restore))
+    except Failed as error:
         raise _corrupt(path, error) from None
 
 
-def _run(action: Callable[[ocp.Checkpointer], Any]) -> Any:
-    """What `action` gives; raises _Failed in place of whatever orbax raises.
+def run(action: Callable[[ocp.Checkpointer], Any]) -> Any:
+    """What `action` gives; raises Failed in place of whatever orbax raises.
 
     On a failure orbax's threads and abandoned futures print tracebacks of their own, some of them
     only when collected; they are muted, for the exception says it all.
@@ -135,7 +135,7 @@ def _run(action: Callable[[ocp.Checkpointer], Any]) -> Any:
         for logger, level in zip(muted, levels, strict=True):
             logger.setLevel(level)
         sys.unraisablehook = hook
-    raise _Failed(reason)
+    raise Failed(reason)
 
 
 def _corrupt(path: Path, error: Exception) -> UserError:

@@ -59,6 +59,7 @@ def claims_without_a_run(text: str) -> list[str]:
     return [w for w, place in zip(wanted, places, strict=True) if place < 0] or wanted
 
 
+@pytest.mark.slow
 @each_lesson
 def test_every_cell_runs_and_something_is_printed(path):
     sources = [source for kind, source in cells(path.read_text()) if kind == "code"]
@@ -119,8 +120,8 @@ def test_no_notebook_is_left_of_a_lesson_that_is_gone():
 def test_a_badge_needs_an_address():
     make = runpy.run_path(str(DOCS / "make_notebooks.py"))
     address = "https://github.com/someone/jaxinfra"
-    assert [kind for kind, _ in make["head"]("roofline", None, "0.1.0")] == ["code"]
-    (_, badge), (_, install) = make["head"]("roofline", address, "0.1.0")
+    assert [kind for kind, _ in make["head"]("roofline", None, "0.1.0")] == ["code"] * 2
+    (_, badge), (_, install), _ = make["head"]("roofline", address, "0.1.0")
     assert "someone/jaxinfra/blob/v0.1.0/docs/notebooks/roofline.ipynb" in badge
     assert f'REPOSITORY = "{address}"' in install and 'TAG = "v0.1.0"' in install
 
@@ -128,12 +129,12 @@ def test_a_badge_needs_an_address():
 def test_the_first_cell_refuses_a_jax_that_was_imported_first():
     """Where jaxinfra is missing; where it is there, nothing is installed and it runs."""
     make = runpy.run_path(str(DOCS / "make_notebooks.py"))
-    ((_, cell),) = make["head"]("roofline", None, "0.1.0")
+    (_, cell), (_, check) = make["head"]("roofline", None, "0.1.0")
     hide = "import importlib.util as u; real = u.find_spec\n"
     hide += "u.find_spec = lambda name, *a: None if name == 'jaxinfra' else real(name, *a)"
     refused = run([hide, "import jax", cell])
     assert refused.returncode != 0 and "restart" in refused.stderr.lower()
     unknown = run([hide, cell])
     assert unknown.returncode != 0 and "REPOSITORY" in unknown.stderr
-    here = run([cell])
+    here = run([cell, check])
     assert here.returncode == 0 and "jax" in here.stdout

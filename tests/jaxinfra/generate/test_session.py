@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxinfra.errors import UserError
 from jaxinfra.generate import Sampling, session
-from jaxinfra.load import Model
+from jaxinfra.loading import Model
 from jaxinfra.model import cache as kv
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.text import Tokenizer

@@ -8,20 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.measure import compare, compiles, stages, time
-from jaxinfra.measure.compare import ratio_interval
+from jaxinfra.measure import compiles, stages, time
 
 SLEEP = 0.02
 
 
 class Device:
-    """A device that takes SLEEP seconds for a call, which returns at once; counts executions."""
+    """A device that takes SLEEP seconds for a call, which returns at once."""
 
-    def __init__(self):
-        self.runs = 0
-
-    def call(self, *_):
-        self.runs += 1
+    @staticmethod
+    def call(*_):
         return real_time.perf_counter() + SLEEP
 
     @staticmethod
@@ -29,28 +25,49 @@ class Device:
         real_time.sleep(max(done_at - real_time.perf_counter(), 0))
 
 
+class Laptop:
+    """A fake clock and the work that moves it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        self.now += seconds
+
+
+def nothing(_):
+    """Waits for nothing."""
+
+
+def slow_to_compile(x):
+    for i in range(150):
+        x = jnp.sin(x) * (i + 1.0)
+    return x
+
+
 def test_timing_the_dispatch():
     device = Device()
-    begun = real_time.perf_counter()
-    device.call()
-    assert real_time.perf_counter() - begun < SLEEP / 2  # the mistake: nothing was waited for
+    mistaken = time(device.call, sync=nothing, seconds=0, least=20).median
     sample = time(device.call, sync=device.wait, seconds=0.1)
-    assert sample.median >= SLEEP > 2 * np.median(sample.dispatch)
+    assert mistaken < SLEEP / 10  # nothing was waited for
+    assert sample.median >= SLEEP > 10 * np.median(sample.dispatch)
 
 
 def test_every_output_is_waited_for():
-    device = Device()
-    sample = time(lambda: {"early": 0.0, "late": device.call()}, seconds=0.1,
-                  sync=lambda out: [device.wait(done) for done in out.values()])  # fmt: skip
-    assert sample.median >= SLEEP
+    class Late:
+        def __init__(self):
+            self.done = Device.call()
+
+        def block_until_ready(self):
+            Device.wait(self.done)
+
+    assert time(lambda: {"early": 0.0, "late": [Late()]}, seconds=0.1).median >= SLEEP
 
 
 def test_counting_the_compile():
-    def slow_to_compile(x):
-        for i in range(150):
-            x = jnp.sin(x) * (i + 1.0)
-        return x
-
     x = jnp.ones(8)
     first = jax.jit(slow_to_compile)
     begun = real_time.perf_counter()
@@ -60,15 +77,47 @@ def test_counting_the_compile():
 
 
 def test_warm_up_lasts_until_compiles_stop():
-    shapes = itertools.chain([3, 4, 5, 6], itertools.repeat(7))  # a fixed warm-up of two is too few
-    f = jax.jit(lambda x: x * 2)
     arrays = {n: jnp.ones(n) for n in range(3, 8)}
+
+    def growing():
+        shapes = itertools.chain([3, 4, 5, 6], itertools.repeat(7))
+        f = jax.jit(lambda x: x * 2)
+        return lambda: f(arrays[next(shapes)])
+
+    mistaken = growing()
+    for _ in range(2):  # a fixed warm-up of two
+        mistaken()
     with compiles() as count:
-        sample = time(lambda: f(arrays[next(shapes)]), seconds=0.02)
-        assert count() == 5
-    assert max(sample.wall) < 100 * sample.median
+        mistaken()
+    assert count() == 1
+
+    timed = 0
+
+    def clock():
+        nonlocal timed
+        timed += 1
+        return real_time.perf_counter()
+
+    right = growing()
+    with compiles() as count:
+        time(lambda: (right(), timed)[0], seconds=0, least=5, clock=clock)
+    assert count() == 5 and timed == 15  # all five before the clock was first looked at
+    with compiles() as count:
+        time(right, seconds=0, least=5)
+    assert count() == 0
     with pytest.raises(RuntimeError, match="compiled"):
         time(lambda: jax.jit(lambda x: x + 1)(arrays[3]))
+
+
+def test_compiles_are_counted_inside_the_block_only():
+    f, x, y = jax.jit(lambda x: x + 1), jnp.ones(3), jnp.ones(5)
+    with compiles() as outer:
+        f(x)
+        with compiles() as inner:
+            f(x)
+        assert inner() == 0 and outer() == 1
+    f(y)
+    assert inner() == 0 and outer() == 1
 
 
 def test_dead_code_is_removed():
@@ -77,94 +126,131 @@ def test_dead_code_is_removed():
             x = jnp.tanh(x @ x)
         return x
 
+    def products(function, *args):
+        return stages(function, *args).compiled.as_text().count(" dot(")
+
     x = jnp.ones((64, 64))
-    unused = stages(lambda x: (work(x), 1.0)[1], x)  # the mistake: the result is not returned
-    kept = stages(work, x)
-    assert " dot(" not in unused.compiled.as_text()
-    assert kept.compiled.as_text().count(" dot(") == 3
-    folded = stages(lambda: work(jnp.ones((64, 64))))  # a constant input may be folded away
-    assert folded.compiled.as_text().count(" dot(") <= 3
+    assert products(lambda x: (work(x), 1.0)[1], x) == 0  # the mistake: not returned
+    assert products(work, x) == 3
+    # A gradient that nobody asks for is not computed: three backward products are missing.
+    assert products(lambda x: jax.value_and_grad(lambda y: work(y).sum())(x)[0], x) == 3
+    assert products(lambda x: jax.value_and_grad(lambda y: work(y).sum())(x), x) == 9
 
 
-def test_inputs_take_turns_so_that_a_cached_result_shows():
-    seen = {}
+def test_a_constant_input_is_folded_away():
+    def chain(x):
+        return jnp.sin(x) + jnp.cos(x) * jnp.exp(x)
 
-    def remembering(key):  # the mistake: the same input each time finds its result in a cache
-        if key not in seen:
-            real_time.sleep(SLEEP)
-            seen[key] = key
-        return key
+    x = jnp.ones(64)
+    assert "exponential" not in stages(lambda: chain(jnp.ones(64))).compiled.as_text()
+    assert "exponential" in stages(chain, x).compiled.as_text()
 
-    assert time(remembering, 0, sync=lambda _: None, seconds=0.05).median < SLEEP / 10
-    fresh = [(i,) for i in range(1, 4)]
+
+def test_the_same_input_each_time_finds_its_result_in_a_cache():
+    laptop = Laptop()
+
+    def remembering(seen):
+        def call(key):
+            laptop.work(0.001 if key in seen else 1.0)
+            seen[:] = [*seen, key][-3:]  # a cache of three
+
+        return call
+
+    options = {"sync": nothing, "clock": laptop, "least": 12, "most": 12}
+    assert time(remembering([]), 0, **options).median < 0.1  # the mistake
+    assert time(remembering([]), inputs=[(i,) for i in range(3)], **options).median < 0.1
+    assert time(remembering([]), inputs=[(i,) for i in range(4)], **options).median == 1.0
+
+
+def test_inputs_take_turns():
     calls = []
-    time(lambda key: calls.append(key), inputs=fresh, sync=lambda _: None, least=6, most=6)
-    assert calls[-6:] in ([1, 2, 3, 1, 2, 3], [2, 3, 1, 2, 3, 1], [3, 1, 2, 3, 1, 2])
+    time(calls.append, inputs=[(1,), (2,), (3,)], sync=nothing, least=6, most=6)
+    assert all(b == a % 3 + 1 for a, b in itertools.pairwise(calls))
 
 
-class Drift:
-    """A clock on a machine that slows down: each call takes 1 % longer than the last."""
+def test_an_input_that_the_function_changes():
+    laptop = Laptop()
 
-    def __init__(self):
-        self.now, self.pace = 0.0, 1.0
+    def sort(values):  # already sorted is ten times less work
+        laptop.work(0.1 if values == sorted(values) else 1.0)
+        values.sort()
 
-    def work(self, seconds):
-        self.pace *= 1.01
-        self.now += seconds * self.pace
+    def fresh():
+        while True:
+            laptop.work(50.0)  # making an input is not timed
+            yield ([3, 1, 2],)
 
-    def __call__(self):
-        return self.now
-
-
-def test_a_drift_falls_on_both():
-    drift = Drift()
-    options = {"sync": lambda _: None, "clock": drift, "least": 40, "most": 40}
-    one = time(lambda: drift.work(1.0), **options)
-    other = time(lambda: drift.work(1.0), **options)
-    assert other.median / one.median > 1.3  # the mistake: one after the other
-    drift = Drift()
-    pair = compare(
-        {"a": lambda: drift.work(1.0), "b": lambda: drift.work(1.0)},
-        rounds=40, clock=drift, sync={"a": lambda _: None, "b": lambda _: None},
-    )  # fmt: skip
-    assert abs(pair.ratio - 1) < 0.02
-    assert "cannot be told apart" in pair.verdict()
+    options = {"sync": nothing, "clock": laptop, "least": 5, "most": 5}
+    assert time(sort, [3, 1, 2], **options).median == pytest.approx(0.1)  # the mistake
+    assert time(sort, inputs=fresh(), **options).median == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="inputs ended"):
+        time(sort, inputs=iter([([3, 1, 2],)]), **options)
+    with pytest.raises(ValueError, match="inputs ended"):
+        time(sort, inputs=[], **options)
 
 
-def test_a_real_difference_is_found():
-    now = [0.0]
-    rng = np.random.default_rng(0)
-
-    def work(seconds):
-        now[0] += seconds * rng.uniform(0.8, 1.2)
-
-    pair = compare(
-        {"fast": lambda: work(1.0), "slow": lambda: work(2.0)},
-        clock=lambda: now[0], sync={"fast": lambda _: None, "slow": lambda _: None},
-    )  # fmt: skip
-    low, high = pair.interval
-    assert 1.6 < low < pair.ratio < high < 2.4
-    assert pair.interval == pair.interval and "fast is" in pair.verdict()
+def test_a_donated_input_is_gone():
+    f = jax.jit(lambda x: x + 1, donate_argnums=0)
+    with pytest.raises((RuntimeError, ValueError), match="deleted"):
+        time(f, jnp.ones(8), seconds=0)
+    fresh = ((jnp.full(8, float(i)),) for i in itertools.count())
+    assert len(time(f, inputs=fresh, seconds=0, least=7).wall) == 7
 
 
 def test_one_sample_is_not_trusted():
-    assert len(time(lambda: None, sync=lambda _: None, seconds=0).wall) >= 5
-    low, high = ratio_interval((1.0, 1.0, 1.0, 9.0), (2.0, 2.0, 18.0, 2.0))
-    assert low < 1 or high > 2  # outliers widen the interval
-    with pytest.raises(ValueError, match="two contestants"):
-        compare({"alone": lambda: None})
+    laptop = Laptop()
+    paces = itertools.chain([0.0, 0.0, 10.0], itertools.repeat(1.0))  # warm-up, then a hiccup
+    options = {"sync": nothing, "clock": laptop, "seconds": 0}
+    single = time(lambda: laptop.work(next(paces)), least=1, most=1, **options)
+    assert single.median == 10.0 and single.spread == (10.0, 10.0)  # wrong and sure of it
+    paces = itertools.chain([0.0, 0.0, 10.0], itertools.repeat(1.0))
+    sample = time(lambda: laptop.work(next(paces)), **options)
+    assert sample.median == 1.0 and len(sample.wall) == 5
+    assert max(sample.wall) == 10.0 and sample.p90 > 5  # kept and shown
 
 
-def test_stages_and_structure():
-    from jaxinfra.measure import collectives, flops, memory
+def test_stages_are_cold(tmp_path):
+    """A persistent cache and a jitted function's own would make compiling look cheap."""
+    from jax.experimental.compilation_cache import compilation_cache
 
-    found = stages(lambda x, y: x @ y + x, jnp.ones((32, 32)), jnp.ones((32, 32)), donate_argnums=0)
-    assert min(found.trace, found.lower, found.compile) > 0
-    assert abs(flops(found.compiled) - 2 * 32**3) < 0.1 * 2 * 32**3
-    assert memory(found.compiled).aliased == 32 * 32 * 4
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    whole = jax.sharding.NamedSharding(mesh, jax.P())
-    split = jax.sharding.NamedSharding(mesh, jax.P("x"))
-    x = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=split)
-    program = jax.jit(lambda x: x.sum(0), out_shardings=whole).lower(x).compile()
-    assert collectives(program) == {"all-reduce": 1}
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+             "jax_persistent_cache_min_entry_size_bytes")  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in names}
+    x, events = jnp.ones(8), []
+    jax.monitoring.register_event_listener(note := lambda event, **_: events.append(event))
+
+    def again():
+        jitted.clear_cache()
+        return jitted.trace(x).lower().compile()
+
+    def read(action):
+        events.clear()
+        action()
+        return "/jax/compilation_cache/cache_hits" in events
+
+    try:
+        for name, value in zip(names, (str(tmp_path), 0.0, -1), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        jitted = jax.jit(lambda x: slow_to_compile(x))  # jits of one function share a cache
+        jitted(x)
+        assert read(again)  # the mistake: from the disk, not compiled
+        found = []
+        assert not read(lambda: found.append(stages(jitted, x)))
+        begun = real_time.perf_counter()
+        jitted.trace(x)
+        assert real_time.perf_counter() - begun < found[0].trace  # the mistake: traced before
+        assert read(again)  # the cache is on again
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        jax.monitoring.unregister_event_listener(note)
+
+
+def test_stages_keep_the_options_of_a_jitted_function():
+    x = jnp.ones((32, 32))
+    donating = jax.jit(lambda x: x + 1, donate_argnums=0)
+    assert stages(donating, x).compiled.memory_analysis().alias_size_in_bytes == x.nbytes
+    with pytest.raises(ValueError, match="jitted already"):
+        stages(donating, x, donate_argnums=0)

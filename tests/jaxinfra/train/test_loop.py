@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from jaxinfra.errors import UserError
-from jaxinfra.load import load
+from jaxinfra.loading import load
 from jaxinfra.train import loop
 from jaxinfra.train.config import OptimizerConfig, TrainConfig
 from jaxinfra.train.metrics import read_metrics
