@@ -21,7 +21,8 @@ import transformers
 from jaxinfra.generate import generate
 from jaxinfra.generate.session import token_bytes
 from jaxinfra.hardware.ceilings import ceilings
-from jaxinfra.measure import Entry, environment, ratio_interval, write
+from jaxinfra.measure import Entry, environment, write
+from jaxinfra.measure.compare import ratio_interval
 from jaxinfra.model.cache import unstack
 from jaxinfra.text import Tokenizer
 from jaxinfra.weights.open import load_weights
