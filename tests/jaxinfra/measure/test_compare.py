@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfra.measure import Comparison, Sample, compare, time
+from jaxinfra.measure import Comparison, Sample, compare, compiles, time
 from jaxinfra.measure.compare import ratio_interval
 
 
@@ -115,10 +115,16 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_the_interval_is_a_function_of_the_samples():
-    first, second = (1.0, 1.0, 1.0, 9.0, 1.0), (2.0, 2.0, 18.0, 2.0, 2.0)
+    first, second = np.random.default_rng(0).uniform(1, 2, (2, 15))
     assert ratio_interval(first, second) == ratio_interval(first, second)
+
+
+def test_outliers_widen_the_interval():
+    low, high = ratio_interval((1.0, 1.0, 1.0, 1.0, 1.0), (2.0, 2.0, 2.0, 2.0, 2.0))
+    assert low == high == 2
+    first, second = (1.0, 1.0, 1.0, 9.0, 1.0), (2.0, 2.0, 18.0, 2.0, 2.0)
     low, high = ratio_interval(first, second)
-    assert low < 1 or high > 2  # outliers widen it
+    assert low < 1 or high > 2
 
 
 def test_too_little_is_refused():
@@ -130,6 +136,16 @@ def test_too_little_is_refused():
         compare({"alone": lambda: None})
     with pytest.raises(ValueError, match="rounds"):
         compare({"a": lambda: None, "b": lambda: None}, rounds=1)
+
+
+def test_both_are_warm_before_the_clock():
+    fs, x, seen = [jax.jit(lambda x: x + 1), jax.jit(lambda x: x + 2)], jnp.ones(3), []
+    with compiles() as count:
+        compare(
+            {"a": lambda: fs[0](x), "b": lambda: fs[1](x)},
+            clock=lambda: seen.append(count()) or float(len(seen)),
+        )
+    assert set(seen) == {2}
 
 
 def test_jax_beside_numpy():

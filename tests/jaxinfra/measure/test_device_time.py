@@ -112,6 +112,13 @@ def test_a_tpu_has_batches(monkeypatch):
     assert measured().device_method == "wall of 1 calls queued at once (no kernel clock for tpu)"
 
 
+def test_a_batch_is_divided_by_its_calls(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    clock = iter(range(10**6)).__next__  # one second from look to look
+    sample = time(lambda: 0.0, seconds=1e-9, least=50, clock=clock)
+    assert sample.device == (0.1,) * 5 and "wall of 10 calls" in sample.device_method
+
+
 def test_no_device_time_where_none_is_asked_for(gpu):
     gpu(Cupti([("a", 1.0)] * 5))
     assert time(lambda: 0.0, seconds=0).device == ()

@@ -58,7 +58,7 @@ def test_only_operations_are_collectives():
     class Text:
         def as_text(self):
             return """
-            %all-reduce.1 = f32[8] all-reduce(%x), metadata={op_name="all-reduce"}
+            %all-reduce.1 = f32[8] all-reduce(%x), metadata={op_name="jit(f)/all-reduce(x)"}
             %s = (f32[8], f32[8]) all-gather-start(%all-reduce.1)
             %d = f32[8] all-gather-done(%s)
             %r = f32[8] ragged-all-to-all(%d), %t = f32[8] get-tuple-element(%all-to-all.3)
