@@ -99,7 +99,7 @@ class _Run:
         self.checkpoints = Checkpoints(self.out / "checkpoints", about, config.keep)
         self.state = self._start(make_params)
         self.first = int(self.state.step)
-        options = {"dtype": self.dtype, "remat": config.remat}
+        options = {"dtype": self.dtype, "remat": config.remat, "unroll": config.unroll}
         self.step = make_step(
             self.model_config, self.optimizer, schedule(config.optimizer, config.steps),
             accumulate=config.accumulate, z_loss=config.z_loss, **options,
