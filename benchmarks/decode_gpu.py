@@ -4,57 +4,67 @@
 
 The same shape in bfloat16 with random weights, a prompt of 128 random tokens and 512 new ones, no
 stop. transformers runs `generate` with its static cache, which it compiles. The two take turns in
-one process. Speed is that of the tokens after the first.
+processes of their own. Speed is that of the tokens after the first.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from statistics import median
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxinfra.generate import generate
-from jaxinfra.generate.session import token_bytes
-from jaxinfra.hardware.detect import here
-from jaxinfra.measure import Entry, environment, write
-from jaxinfra.measure.compare import ratio_interval
-from jaxinfra.model.cache import unstack
-from jaxinfra.model.params import init
+from benchmarks.turns import Contestant, answer
 from jaxinfra.model.presets import PRESETS
 
 MODEL, PROMPT, NEW_TOKENS, ROUNDS = "qwen3-0.6b", 128, 512, 5
+CONFIG = PRESETS[MODEL]
 
 
-def ours(prompt: list[int]):
-    """One answer of this project; returns tokens/s and the bytes that a token must read."""
-    config = PRESETS[MODEL]
-    params = jax.jit(lambda key: unstack(init(key, config, jnp.bfloat16), config))(
-        jax.random.key(0)
-    )
-
-    def run() -> float:
-        made = generate(params, config, [prompt], max_new_tokens=NEW_TOKENS)
-        return made.timings.decode_tokens_per_second
-
-    return run, token_bytes(params, config, PROMPT + NEW_TOKENS // 2)
+def prompt() -> list[int]:
+    """The same random ids for both."""
+    return np.random.default_rng(0).integers(0, CONFIG.vocab_size, PROMPT).tolist()
 
 
-def theirs(prompt: list[int]):
-    """One answer of transformers; returns tokens/s, the time to the first token taken off."""
+def ours() -> None:
+    """One answer of this project a turn: tokens/s and the bytes that a token must read."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxinfra.generate import generate
+    from jaxinfra.generate.session import token_bytes
+    from jaxinfra.model.cache import unstack
+    from jaxinfra.model.params import init
+
+    @jax.jit
+    def create(key):
+        return unstack(init(key, CONFIG, jnp.bfloat16), CONFIG)
+
+    params = create(jax.random.key(0))
+    moved = token_bytes(params, CONFIG, PROMPT + NEW_TOKENS // 2)
+
+    def turn() -> dict:
+        made = generate(params, CONFIG, [prompt()], max_new_tokens=NEW_TOKENS)
+        return {"rate": made.timings.decode_tokens_per_second, "moved": moved}
+
+    turn()
+    answer(turn)
+
+
+def theirs() -> None:
+    """One answer of transformers a turn: tokens/s, the time to the first token taken off."""
     import torch
     import transformers
 
-    raw = PRESETS[MODEL].to_hf() | {"eos_token_id": None, "pad_token_id": 0}
+    raw = CONFIG.to_hf() | {"eos_token_id": None, "pad_token_id": 0}
     config = transformers.AutoConfig.for_model(**raw)
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    ids = torch.tensor([prompt], device="cuda")
+    ids = torch.tensor([prompt()], device="cuda")
 
-    def answer(count: int) -> float:
+    def seconds(count: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         model.generate(
@@ -64,22 +74,34 @@ def theirs(prompt: list[int]):
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    answer(NEW_TOKENS)
-    answer(1)
-    return lambda: (NEW_TOKENS - 1) / (answer(NEW_TOKENS) - answer(1))
+    seconds(NEW_TOKENS)
+    seconds(1)
+    answer(lambda: {"rate": (NEW_TOKENS - 1) / (seconds(NEW_TOKENS) - seconds(1))})
 
 
 def main() -> None:
     """Both in turns, then the ledger's entry."""
-    vocabulary = PRESETS[MODEL].vocab_size
-    prompt = np.random.default_rng(0).integers(0, vocabulary, PROMPT).tolist()
-    run, moved = ours(prompt)
-    contestants = {"jaxinfra": run, "transformers, static cache": theirs(prompt)}
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    run()
+    no_reserve = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    names = {"ours": "jaxinfra", "theirs": "transformers, static cache"}
+    contestants = {n: Contestant("benchmarks.decode_gpu", n, **no_reserve) for n in names}
+    turns: dict[str, list[dict]] = {name: [] for name in names}
     for turn in range(ROUNDS):
-        for name in list(contestants)[:: 1 if turn % 2 == 0 else -1]:
-            rates[name].append(contestants[name]())
+        for name in list(names)[:: 1 if turn % 2 == 0 else -1]:
+            turns[name].append(contestants[name].turn())
+    for contestant in contestants.values():
+        contestant.close()
+    record({names[n]: [t["rate"] for t in made] for n, made in turns.items()}, turns["ours"][0])
+
+
+def record(rates: dict[str, list[float]], first: dict) -> None:
+    """Writes the ledger's entry."""
+    import torch  # noqa: F401  (so that the conditions name its version)
+    import transformers  # noqa: F401
+
+    from jaxinfra.hardware.detect import here
+    from jaxinfra.measure import Entry, environment, write
+    from jaxinfra.measure.compare import ratio_interval
+
     mine, other = (median(values) for values in rates.values())
     bandwidth = here().bandwidth
     low, high = ratio_interval(*(tuple(1 / rate for rate in v) for v in rates.values()))
@@ -91,7 +113,7 @@ def main() -> None:
         samples=rates,
         ratio=mine / other,
         interval=(low, high),
-        roofline=mine * moved / bandwidth,
+        roofline=mine * first["moved"] / bandwidth,
         roof=f"{bandwidth / 1e12:.2f} TB/s of copy bandwidth measured in this run",
         inputs=f"random weights, {PROMPT} random prompt tokens, {NEW_TOKENS} new, cache of 1,024",
         mislead="small models are bound by launches, not by bandwidth; random weights choose the "
@@ -104,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    {"ours": ours, "theirs": theirs}.get(sys.argv[-1], main)()

@@ -10,13 +10,13 @@ call until its loss has arrived; the batches are on the device before.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from statistics import median
+
+from benchmarks.turns import Contestant, answer
 
 MODEL, BATCH, SEQ_LEN = "qwen3-0.6b", 8, 4096
 WARMUP, STEPS, ROUNDS = 3, 8, 2
@@ -68,9 +68,12 @@ def ours() -> None:
         state, metrics = step(state, batches[i % 3])
         return float(metrics["loss"])
 
-    result = timed(one)
-    result["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    print(json.dumps(result), flush=True)
+    def turn() -> dict:
+        result = timed(one)
+        memory = jax.devices()[0].memory_stats() or {}
+        return result | {"peak_bytes": memory.get("peak_bytes_in_use")}
+
+    answer(turn)
 
 
 def theirs() -> None:
@@ -111,36 +114,31 @@ def theirs() -> None:
             slot.update({k: v.to(device) for k, v in slot.items() if k != "step"})
         torch.cuda.empty_cache()
 
-    for _ in sys.stdin:
+    def turn() -> dict:
         move("cuda")
         torch.cuda.reset_peak_memory_stats()
-        result = timed(one)
-        result["peak_bytes"] = torch.cuda.max_memory_allocated()
+        result = timed(one) | {"peak_bytes": torch.cuda.max_memory_allocated()}
         move("cpu")
-        print(json.dumps(result), flush=True)
+        return result
+
+    answer(turn)
 
 
 def main() -> None:
     """Both in turns, then the table and the ledger."""
-    command = [sys.executable, "-m", "benchmarks.train_vs_transformers"]
-    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
-    env.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
-    peer = subprocess.Popen(
-        [*command, "theirs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    )
-    assert peer.stdin and peer.stdout
+    env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+    env["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
+    peer = Contestant("benchmarks.train_vs_transformers", "theirs")
     rounds: dict[str, list[dict]] = {"ours": [], "theirs": []}
     for _ in range(ROUNDS):
-        out = subprocess.run([*command, "ours"], env=env, check=True, stdout=subprocess.PIPE)
-        rounds["ours"].append(json.loads(out.stdout.splitlines()[-1]))
-        peer.stdin.write("go\n")
-        peer.stdin.flush()
-        rounds["theirs"].append(json.loads(peer.stdout.readline()))
+        project = Contestant("benchmarks.train_vs_transformers", "ours", **env)
+        rounds["ours"].append(project.turn())
+        project.close()
+        rounds["theirs"].append(peer.turn())
         for name, results in rounds.items():
             rate = BATCH * SEQ_LEN / median(results[-1]["seconds"])
             print(f"{name:7s} {rate:9.0f} tokens/s", flush=True)
-    peer.stdin.close()
-    peer.wait()
+    peer.close()
     record(rounds)
 
 

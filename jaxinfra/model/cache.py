@@ -212,10 +212,12 @@ def _queries_keys_values(
     if attn.qkv_bias is not None:
         y = y + attn.qkv_bias
     qk, v = jnp.split(y.reshape(*x.shape[:2], N + 2 * K, H), [N + K], axis=2)
+    qk = qk.astype(jnp.float32)
     if config.qk_norm:
         weights = [jnp.broadcast_to(attn.q_norm, (N, H)), jnp.broadcast_to(attn.k_norm, (K, H))]
         qk = model.norm(qk, jnp.concatenate(weights), config)
-    return [*jnp.split(rope.rotate(qk, cos_sin), [N], axis=2), v]
+    qk = rope.rotate(qk, cos_sin).astype(x.dtype)
+    return [*jnp.split(qk, [N], axis=2), v]
 
 
 def _feed_forward(layer: Layer, x: Array, config: ModelConfig) -> Array:

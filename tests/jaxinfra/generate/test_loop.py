@@ -58,8 +58,11 @@ def test_stacked_parameters_do_as_well():
     assert a.tokens == generate(decode_params, config, PROMPTS[:1], max_new_tokens=3).tokens
 
 
-@pytest.mark.parametrize("steps", [1, 3, 32])
-def test_rows_end_at_their_own_stop(steps):
+@pytest.mark.parametrize(("steps", "backend"), [(1, "cpu"), (3, "cpu"), (32, "cpu"), (32, "gpu")])
+def test_rows_end_at_their_own_stop(steps, backend, monkeypatch):
+    """Also in the loop of a fixed length that a GPU is given, past the end of every row."""
+    monkeypatch.setattr(loop.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(loop, "_programs", {})
     config, _, decode_params = setup()
     run = functools.partial(generate, decode_params, config, PROMPTS, max_new_tokens=NEW)
     free = run().tokens
