@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -43,11 +44,31 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone: nobody is left to tell
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except Exception:
+        if _device_is_there():
+            raise
+        _fail(
+            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: jax finds no such device here; unset it "
+            "or install what the device needs (pip install 'jaxinfra[cuda]' or 'jaxinfra[tpu]')"
+        )
 
 
 def _fail(message: str) -> None:
     print(f"jaxinfra: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _device_is_there() -> bool:
+    """False where JAX_PLATFORMS asks for a device that jax does not find."""
+    jax = sys.modules.get("jax")
+    if jax is None or not os.environ.get("JAX_PLATFORMS"):
+        return True
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def _overview(commands: dict[str, importlib.metadata.EntryPoint]) -> str:

@@ -50,6 +50,8 @@ def roofline(
 
     if batch < 1 or seq_len < 1:
         raise UserError(f"roofline: batch={batch}, seq_len={seq_len}: give 1 or more")
+    if not phases:
+        raise UserError("roofline: no phases; give one or more of prefill, decode, train")
     report = for_model(model, chip, phases=phases, batch=batch, seq_len=seq_len, dtype=dtype)
     Console().print(roofline_view.render_table(report))
     if plot is not None:

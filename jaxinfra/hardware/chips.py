@@ -57,6 +57,9 @@ class Chip:
             bandwidth=self.bandwidth / n,
             cores=self.cores // n,
             on_chip={name: size // n for name, size in self.on_chip.items()},
+            links=tuple(
+                dataclasses.replace(link, bandwidth=link.bandwidth / n) for link in self.links
+            ),
             devices=1,
         )
 
@@ -76,6 +79,7 @@ _TPU_INFO = "jax 0.10.2, jax.experimental.pallas.tpu.get_tpu_info_for_chip"
 _BOOK = "How to Scale Your Model (jax-ml.github.io/scaling-book)"
 _GPUS = f"{_BOOK}, chapter 12"
 _NVLINK = "NVIDIA datasheets, both directions halved"
+_GUIDE = "CUDA C++ Programming Guide, technical specifications by compute capability"
 _TPU_F32 = "float32 runs as several bfloat16 passes, and no source gives a rate"
 
 _A100_RATES = _tera(
@@ -90,14 +94,28 @@ _HOPPER_RATES = _tera(
 )  # fmt: skip
 _HOPPER_LINKS = (Link("NVLink 4", 450 * GB, 18), Link("PCIe 5", 64 * GB, 1))
 
+_RTX_PRO_6000 = Chip(
+    name="RTX-PRO-6000", kinds=("NVIDIA RTX PRO 6000 Blackwell Workstation Edition",),
+    flops=_tera(float32=126, tf32=251.9, bfloat16=503.8, float16=503.8, float8=1007.6,
+                int8=1007.6, float4=2015.2),
+    memory_bytes=96 * GB, bandwidth=1792 * GB, cores=188, core="SM",
+    on_chip={"L2": 128 * MIB, "L1 and shared memory": 188 * 128 * 1024},
+    links=(Link("PCIe 5", 64 * GB, 1),),
+    sources=dict.fromkeys(_FIELDS, _RTX)
+    | {"on_chip": f"L2: {_RTX}; L1: {_GUIDE}, compute capability 12.0"},
+    note="Workstation Edition",
+)  # fmt: skip
+
 _TABLE = (
     Chip(
         name="T4", kinds=("Tesla T4", "NVIDIA T4"),
         flops=_tera(float32=8.1, float16=65, int8=130, int4=260),
         memory_bytes=16 * GB, bandwidth=320 * GB, cores=40, core="SM",
-        on_chip={"L2": 4 * MIB}, links=(Link("PCIe 3", 16 * GB, 1),),
+        on_chip={"L2": 4 * MIB, "L1 and shared memory": 40 * 96 * 1024},
+        links=(Link("PCIe 3", 16 * GB, 1),),
         sources=dict.fromkeys(_FIELDS, "NVIDIA T4 datasheet")
-        | {"cores": "sysrqmts.com, Tesla T4", "on_chip": "sysrqmts.com, Tesla T4"},
+        | {"cores": "sysrqmts.com, Tesla T4",
+           "on_chip": f"L2: sysrqmts.com, Tesla T4; L1: {_GUIDE}, compute capability 7.5"},
         note="no bfloat16 and no TF32 in hardware; use float16",
     ),
     Chip(
@@ -105,10 +123,11 @@ _TABLE = (
         flops=_tera(float32=30.3, tf32=60, bfloat16=121, float16=121, float8=242.5, int8=242.5,
                     int4=None),
         memory_bytes=24 * GB, bandwidth=300 * GB, cores=58, core="SM",
-        on_chip={"L2": 48 * MIB}, links=(Link("PCIe 4", 32 * GB, 1),),
+        on_chip={"L2": 48 * MIB, "L1 and shared memory": 58 * 128 * 1024},
+        links=(Link("PCIe 4", 32 * GB, 1),),
         sources=dict.fromkeys(_FIELDS, "NVIDIA L4 datasheet, sparse rates halved")
         | {"cores": "7,424 CUDA cores, 128 an SM; agrees with 30.3 TFLOP/s at 2.04 GHz",
-           "on_chip": "cputronic.com, NVIDIA L4"},
+           "on_chip": f"L2: cputronic.com, NVIDIA L4; L1: {_GUIDE}, compute capability 8.9"},
     ),
     Chip(
         name="A100-40GB", kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
@@ -145,21 +164,18 @@ _TABLE = (
         memory_bytes=180 * GB, bandwidth=8000 * GB, cores=148, core="SM",
         on_chip={"L2": 126 * MIB, "L1 and shared memory": 148 * 256 * 1024,
                  "tensor memory": 148 * 256 * 1024},
-        links=(Link("NVLink 5", 900 * GB, 18),),
+        links=(Link("NVLink 5", 900 * GB, 18), Link("PCIe 5", 64 * GB, 1)),
         sources={"flops": _B200, "bandwidth": _B200, "links": f"{_B200}, both directions halved",
                  "memory_bytes": "NVIDIA HGX B200 datasheet, an eighth of 1.44 TB",
                  "cores": _GPUS, "on_chip": _GPUS},
     ),
-    Chip(
-        name="RTX-PRO-6000",
-        kinds=("NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
-               "NVIDIA RTX PRO 6000 Blackwell Server Edition"),
-        flops=_tera(float32=126, tf32=251.9, bfloat16=503.8, float16=503.8, float8=1007.6,
-                    int8=1007.6, float4=2015.2),
-        memory_bytes=96 * GB, bandwidth=1792 * GB, cores=188, core="SM",
-        on_chip={"L2": 128 * MIB}, links=(Link("PCIe 5", 64 * GB, 1),),
-        sources=dict.fromkeys(_FIELDS, _RTX),
-        note="Workstation Edition; the Server Edition's memory is slower (1,597 GB/s)",
+    _RTX_PRO_6000,
+    dataclasses.replace(
+        _RTX_PRO_6000,
+        name="RTX-PRO-6000-Server",
+        kinds=("NVIDIA RTX PRO 6000 Blackwell Server Edition",),
+        bandwidth=1597 * GB,
+        note="Server Edition: slower memory; the other numbers are the Workstation Edition's",
     ),
     Chip(
         name="TPU-v4", kinds=("TPU v4",),

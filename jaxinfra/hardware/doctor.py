@@ -26,8 +26,8 @@ from jaxinfra.hardware.lessons import Lesson
 
 CORE = ("jaxinfra", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 EXTRAS = {
-    "torch": "torch", "transformers": "torch", "jax-triton": "cuda", "jax-cuda13-plugin": "cuda",
-    "libtpu": "tpu", "tensorboard": "tensorboard",
+    "torch": "torch", "transformers": "torch", "jax-cuda13-plugin": "cuda", "libtpu": "tpu",
+    "tensorboard": "tensorboard",
 }  # fmt: skip
 
 
@@ -156,6 +156,8 @@ def _system() -> dict[str, str]:
 
     system = {"system": platform.platform(),
               "processor": f"{detect.cpu_name()}, {detect.usable_cpus()} CPUs"}  # fmt: skip
+    if os.environ.get("JAX_PLATFORMS"):
+        system["JAX_PLATFORMS"] = os.environ["JAX_PLATFORMS"]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         system["memory"] = f"{memory / 1e9:.1f} GB"

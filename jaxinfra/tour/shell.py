@@ -42,6 +42,7 @@ def run(out: Path, *, quick: bool = False, only: tuple[str, ...] = ()) -> int:
     console = Console()
     tour = Tour(console, Report("A tour of jaxinfra on this machine", environment()), quick)
     status, start = 0, time.perf_counter()
+    tour.report.write(out)  # now, so that a wrong place is told before the work
     for number, entry_point in enumerate(stages, 1):
         console.rule(f"{number}/{len(stages)}  {entry_point.name.partition('-')[2]}")
         begun, before = time.perf_counter(), len(tour.report.sections)

@@ -1,8 +1,10 @@
 """The shell: it starts without jax, names what it does not know, and shows users no traceback."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -53,6 +55,9 @@ def test_unknown_command():
         (["generate", "/no/such/model", "Hi"], "/no/such/model"),
         (["train", "--data", "/no/such/file"], "/no/such/file"),
         (["train", "--steps", "0"], "steps=0"),
+        (["roofline", "tiny", "--phases"], "no phases"),
+        (["roofline", "x" * 300], "x" * 300),
+        (["tour", "--quick", "--only", "machine", "--out", "."], "cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(argv, words):
@@ -61,21 +66,44 @@ def test_bad_input_is_one_line_and_status_2(argv, words):
     assert words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    def broken() -> None:
-        raise ZeroDivisionError
+@pytest.mark.parametrize("wanted", ["cuda", "tpu"])
+def test_a_device_that_is_not_here(wanted):
+    env = {**os.environ, "JAX_PLATFORMS": wanted}
+    command = [sys.executable, "-m", "jaxinfra", "roofline", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"JAX_PLATFORMS={wanted}: jax finds no such device" in done.stderr
+
+
+def only_command(monkeypatch, error: Exception) -> None:
+    """Makes `anything` the only command, one that raises `error`."""
 
     class EntryPoint:
-        load = staticmethod(lambda: broken)
+        name = "anything"
 
-    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda group: [])
-    with pytest.raises(SystemExit):
-        cli.main(["anything"])
-    entry_point = EntryPoint()
-    entry_point.name = "anything"
-    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda group: [entry_point])
+        @staticmethod
+        def load():
+            def broken() -> None:
+                raise error
+
+            return broken
+
+    metadata = types.SimpleNamespace(entry_points=lambda group: [EntryPoint()])
+    monkeypatch.setattr(cli, "importlib", types.SimpleNamespace(metadata=metadata))
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    only_command(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         cli.main(["anything"])
+
+
+def test_the_operating_system_s_errors_name_the_file(monkeypatch, capsys):
+    only_command(monkeypatch, PermissionError(13, "Permission denied", "/some/file"))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["anything"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "jaxinfra: /some/file: Permission denied\n"
 
 
 def test_user_errors_are_value_errors():

@@ -17,7 +17,7 @@ PER_CLOCK = {"T4": 1024, "L4": 1024, "A100-40GB": 2048, "A100-80GB": 2048, "H100
 
 
 def test_the_table_has_the_chips_asked_for():
-    assert set(CHIPS) == ASKED_FOR
+    assert set(CHIPS) == ASKED_FOR | {"RTX-PRO-6000-Server"}
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=list(CHIPS))
@@ -92,6 +92,8 @@ def test_device_kinds_are_exact():
     assert chips.of_kind("TPU v5 lite") is CHIPS["TPU-v5e"]
     assert chips.of_kind("TPU v5") is CHIPS["TPU-v5p"]
     assert chips.of_kind("cpu") is None
+    server = chips.of_kind("NVIDIA RTX PRO 6000 Blackwell Server Edition")
+    assert server is not None and server.bandwidth < CHIPS["RTX-PRO-6000"].bandwidth
     kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
     assert len(kinds) == len(set(kinds))
 
