@@ -83,7 +83,7 @@ def generate(
     prompt: Positional[str | None] = None,
     /,
     *,
-    chat: bool | None = None,
+    complete: bool = False,
     system: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -98,7 +98,7 @@ def generate(
     Args:
       model: a short name (smollm2-135m), a Hugging Face id, a model folder or a .gguf file.
       prompt: answered once; without it, and on a terminal, a conversation begins.
-      chat: answer by the chat template; by default where the model has one.
+      complete: go on with the text also where the model has a chat template.
       system: the system's message.
       max_new_tokens: of each answer.
       temperature: 0 takes the most likely token.
@@ -120,8 +120,9 @@ def generate(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     session.run(
-        load(model, dtype=dtype, offline=offline), prompt, chat=chat, system=system,
-        max_new_tokens=max_new_tokens, sampling=sampling, bandwidth=detect().bandwidth,
+        load(model, dtype=dtype, offline=offline), prompt, chat=False if complete else None,
+        system=system, max_new_tokens=max_new_tokens, sampling=sampling,
+        bandwidth=detect().bandwidth,
     )  # fmt: skip
 
 

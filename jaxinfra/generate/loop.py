@@ -197,6 +197,7 @@ class Stream:
         self._first_s = self._decode_s = 0.0
         self._max_new, self._stop_ids = max_new_tokens, frozenset(stop_ids)
         self._cache = cache
+        self.prompt_end = held + longest  # tokens in the longest row before the first new one
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.finish: list[str | None] = [None] * B
         self._blocks = self._run(run_prefill, first, run_decode, (params, keys, stop), steps)

@@ -110,7 +110,8 @@ class Conversation:
             if piece := words.finish():
                 yield piece
         finally:
-            if stream.tokens[0]:
+            # Ctrl-C may come between a call that was given the cache and what it gave back.
+            if stream.tokens[0] and not stream.cache.length.is_deleted():
                 self._cache, self._held = stream.cache, [*ids, *stream.tokens[0][:-1]]
 
 
@@ -147,7 +148,7 @@ def status(
     parts = [f"{count} tokens", f"{timings.decode_tokens_per_second:.1f} tokens/s",
              f"first after {timings.first_token:.2f} s"]  # fmt: skip
     if bandwidth and timings.decode_tokens:
-        context = int(stream.cache.length[0]) - count // 2
+        context = stream.prompt_end + count // 2
         share = token_bytes(params, config, context) * timings.decode_tokens_per_second / bandwidth
         parts.append(f"{share:.0%} of the {bandwidth / 1e9:.0f} GB/s bound")
     if timings.compile > 0.5:
@@ -175,6 +176,8 @@ def run(
     """
     console = console or Console()
     chat = model.tokenizer.chat_template is not None if chat is None else chat
+    if system is not None and not chat:
+        raise UserError("system: only a chat has a system's message; leave it out to complete")
     params = kv.unstack(model.params, model.config)
     conversation = Conversation(
         params, model.config, model.tokenizer,
@@ -182,12 +185,16 @@ def run(
     )  # fmt: skip
 
     def answer(text: str) -> None:
-        with console.status("preparing"):
-            pieces = conversation.ask(text) if chat else conversation.complete(text)
+        pieces = None
         try:
+            with console.status("preparing"):
+                pieces = conversation.ask(text) if chat else conversation.complete(text)
             for piece in pieces:
                 console.out(piece, end="", highlight=False)
         except KeyboardInterrupt:
+            if pieces is None or conversation.stream is None:
+                console.print()
+                return
             pieces.close()
         assert conversation.stream is not None
         line = status(conversation.stream, params, model.config, bandwidth)

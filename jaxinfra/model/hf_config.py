@@ -53,6 +53,8 @@ def _read(family: str, raw: Mapping[str, Any]) -> ModelConfig:
                 f"num_attention_heads={num_heads}, and there is no head_dim"
             )
         head_dim = d_model // num_heads
+    if raw.get("use_bidirectional_attention"):
+        raise UserError("config: use_bidirectional_attention=true is not supported: no decoder")
     for switch in ("mlp_bias", "attention_bias"):
         if raw.get(switch) and not (switch == "attention_bias" and family == "qwen2"):
             raise UserError(f"config: {switch}=true is not supported for {family}")
@@ -126,21 +128,21 @@ def _rope(raw: Mapping[str, Any], theta: float) -> Rope:
 def _read_windows(family: str, raw: Mapping[str, Any]) -> tuple[int | None, ...] | None:
     default = 4096 if family in ("mistral", "gemma3_text") else None
     window, layers = raw.get("sliding_window", default), raw["num_hidden_layers"]
-    if window is None or (family.startswith("qwen") and not raw.get("use_sliding_window")):
+    qwen = family.startswith("qwen")
+    if window is None or family == "llama" or (qwen and not raw.get("use_sliding_window")):
         return None
     if layers > MOST_LAYERS:
         return None  # and ModelConfig refuses it
-    kinds = raw.get("layer_types")
+    mixed = family in ("qwen2", "qwen3", "gemma3_text")  # of the others all layers are alike
+    kinds = raw.get("layer_types") if mixed else ["sliding_attention"] * layers
     if kinds is None:
         if family == "gemma3_text":
             period = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
             kinds = ["full_attention" if (i + 1) % period == 0 else "sliding_attention"
                      for i in range(layers)]  # fmt: skip
-        elif family.startswith("qwen"):
+        else:
             start = raw.get("max_window_layers", 28)
             kinds = ["sliding_attention" if i >= start else "full_attention" for i in range(layers)]
-        else:
-            kinds = ["sliding_attention"] * layers
     if len(kinds) != layers:
         raise UserError(f"config: {len(kinds)} layer_types for {layers} layers")
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)

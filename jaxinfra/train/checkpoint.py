@@ -31,11 +31,17 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints in one folder, of one run: `about` says which (a dictionary for JSON)."""
+    """The checkpoints in one folder, of one run: `about` says which (a dictionary for JSON).
 
-    def __init__(self, folder: str | Path, about: Mapping[str, Any], keep: int) -> None:
+    `how` tells what may change at a resume, though the bits are then not those of an uninterrupted
+    run: a warning says so.
+    """
+
+    def __init__(
+        self, folder: str | Path, about: Mapping[str, Any], keep: int, how: Mapping[str, Any]
+    ) -> None:
         self.folder = Path(folder).absolute()
-        self._about = json.loads(json.dumps(about))
+        self._about, self._how = json.loads(json.dumps([about, how]))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -55,7 +61,7 @@ class Checkpoints:
         were there stay.
         """
         step, size = int(state.step), sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        about = {"run": self._about, "checksum": int(checksum(state))}
+        about = {"run": self._about, "how": self._how, "checksum": int(checksum(state))}
         free = shutil.disk_usage(self.folder).free
         if free < size:
             raise self._unwritten(step, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -96,6 +102,7 @@ class Checkpoints:
                 continue
             for later in steps[steps.index(step) + 1 :]:
                 os.replace(self.folder / str(later), _unused(self.folder / f"{later}.damaged"))
+            self._manager.reload()  # or it would believe the renamed ones to be there
             return state
         if steps:
             raise UserError(
@@ -109,7 +116,7 @@ class Checkpoints:
         item = ocp.args.Composite(about=ocp.args.JsonRestore())
         about = run(lambda checkpointer: checkpointer.restore(folder, item)).about
         try:
-            theirs, expected = about["run"], about["checksum"]
+            theirs, how, expected = about["run"], about["how"], about["checksum"]
         except (TypeError, KeyError):
             raise Failed("its item `about` is not that of a training run") from None
         if other := _differences(theirs, self._about):
@@ -118,6 +125,11 @@ class Checkpoints:
         state = run(lambda checkpointer: checkpointer.restore(folder, item)).state
         if int(checksum(state)) != expected:
             raise Failed("its arrays are not the ones that were saved")
+        if other := _differences(how, self._how):
+            _log.warning(
+                "%s: %s; not the bits of an uninterrupted run from here on",
+                folder, "; ".join(other),
+            )  # fmt: skip
         return state
 
     def _unwritten(self, step: int | None, error: Exception) -> UserError:
@@ -134,15 +146,19 @@ class Checkpoints:
 
 @jax.jit
 def checksum(tree: Any) -> UInt[Array, ""]:
-    """The sum modulo 2^32 of all 32-bit words of a tree's arrays, each times an odd number.
+    """The sum modulo 2^32 of all 32-bit words of a tree's arrays, each mixed with its place.
 
-    The numbers depend on the word's place, so one changed word always shows, and moved ones do.
+    Mixing is one to one at every place, so one changed word always shows; words that changed places
+    show but for chances of 2^-32.
     """
     total = jnp.zeros((), jnp.uint32)
     for number, leaf in enumerate(jax.tree.leaves(tree)):
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
-        odd = 2 * (jnp.arange(bits.size, dtype=jnp.uint32) + jnp.uint32(number * 7919)) + 1
-        total += jnp.sum(bits * odd, dtype=jnp.uint32)
+        place = jnp.arange(bits.size, dtype=jnp.uint32) + jnp.uint32(number * 7919)
+        mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
+        for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's last steps
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(odd)
+        total += jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
     return total
 
 

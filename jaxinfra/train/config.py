@@ -41,11 +41,9 @@ class OptimizerConfig:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer: {name}={getattr(self, name)}: give one in [0, 1)")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or not 0 <= self.final_fraction <= 1:
-            raise UserError(
-                f"optimizer: warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}, "
-                f"final_fraction={self.final_fraction}: none may be negative, nor the last above 1"
-            )
+        for name, most in (("warmup_steps", 2**31), ("weight_decay", 1), ("final_fraction", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"optimizer: {name}={getattr(self, name)}: give one in [0, {most}]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,5 +114,9 @@ class TrainConfig:
             )
         if not 0 <= self.validation < 1:
             raise UserError(f"train: validation={self.validation}: give a share in [0, 1)")
-        if self.eval_every < 0 or self.sample_every < 0 or self.z_loss < 0:
-            raise UserError("train: eval_every, sample_every and z_loss may not be negative")
+        if self.eval_every < 0 or self.sample_every < 0:
+            raise UserError("train: eval_every and sample_every may not be negative")
+        if not 0 <= self.z_loss < float("inf"):
+            raise UserError(f"train: z_loss={self.z_loss}: give 0 or a positive number")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"train: seed={self.seed}: give an integer from 0 to {2**32 - 1}")

@@ -85,6 +85,7 @@ class _Run:
     def __init__(self, config: TrainConfig, console: Console, on_row: Callable) -> None:
         self.config, self.console, self.on_row = config, console, on_row
         self.out = Path(config.out).expanduser()
+        self._check_place()
         self.dtype = _dtype(config.dtype)
         self.model_config, self.tokenizer, make_params = _model(config)
         self.tokenizer.check(self.model_config)
@@ -93,10 +94,17 @@ class _Run:
                 f"train: seq_len={config.seq_len} exceeds the model's max_seq_len="
                 f"{self.model_config.max_seq_len}; give a smaller one"
             )
+        self.prompt = self.tokenizer.encode(config.prompt)
+        if config.sample_every and not 0 < len(self.prompt) < self.model_config.max_seq_len:
+            raise UserError(
+                f"train: prompt: {len(self.prompt)} tokens leave no room in the model's "
+                f"max_seq_len={self.model_config.max_seq_len}; give another or sample_every=0"
+            )
         self.data = open_data(config, self.tokenizer)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         about = _about(config, self.dtype, self.model_config, self.tokenizer, self.data)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", about, config.keep)
+        how = {"steps": config.steps, "remat": config.remat, "unroll": config.unroll}
+        self.checkpoints = Checkpoints(self.out / "checkpoints", about, config.keep, how)
         self.state = self._start(make_params)
         self.first = int(self.state.step)
         options = {"dtype": self.dtype, "remat": config.remat, "unroll": config.unroll}
@@ -113,21 +121,29 @@ class _Run:
         self.log = MetricsLog(self.out, self.first)
         self.pending: collections.deque[tuple[int, dict]] = collections.deque()
 
+    def _check_place(self) -> None:
+        """A new run begins where there is none, nor a folder `model` that it would replace."""
+        run = next((self.out / "checkpoints").glob("[0-9]*"), None)
+        if self.config.resume:
+            if run is None:
+                raise UserError(f"{self.out}: holds no run to resume; leave --resume out")
+        elif run or (self.out / "model").exists():
+            what = "a run" if run else "a folder `model`, which this run would replace"
+            raise UserError(
+                f"{self.out}: holds {what}; add --resume to go on with a run, or give another --out"
+            )
+
     def _start(self, make_params: Callable[[], Params]) -> TrainState:
         create = functools.partial(TrainState.create, optimizer=self.optimizer)
-        there = self.checkpoints.steps()
-        if there and not self.config.resume:
-            raise UserError(
-                f"{self.out}: holds a run at step {there[-1]}; add --resume to go on with it, or "
-                "give another --out"
-            )
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             jax.eval_shape(create, P.abstract(self.model_config)),
         )
-        restored = self.checkpoints.restore(like) if self.config.resume else None
-        if restored is not None:
+        if self.config.resume:
+            restored = self.checkpoints.restore(like)
+            if restored is None:
+                raise UserError(f"{self.out}: holds no checkpoint to resume from; begin anew")
             return restored
         return jax.jit(create, donate_argnums=0)(make_params())
 
@@ -136,6 +152,7 @@ class _Run:
         try:
             with stop_asked() as asked:
                 done = self._steps(asked)
+                self.checkpoints.finish()
                 if done not in self.checkpoints.steps():
                     self.checkpoints.save(self.state)
                 self.checkpoints.finish()
@@ -147,6 +164,8 @@ class _Run:
             end = f"stopped after step {done} and saved; the same command with --resume goes on"
         else:
             end = f"the model is in {model}"
+        if skipped := int(self.state.skipped):
+            end = f"{skipped} of {done} steps were not finite and not applied; {end}"
         self.console.print(end, highlight=False)
         rows = read_metrics(self.out / "metrics.jsonl")
         return Result(self.model_config, self.state, self.tokenizer, rows, model)
@@ -210,14 +229,14 @@ class _Run:
         return more
 
     def _sample(self, seed: int) -> str:
-        prompt = self.tokenizer.encode(self.config.prompt)
+        room = self.model_config.max_seq_len - len(self.prompt)
         params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), self.state.params)
         made = generate(
-            params, self.model_config, [prompt], max_new_tokens=_SAMPLE_TOKENS,
+            params, self.model_config, [self.prompt], max_new_tokens=min(_SAMPLE_TOKENS, room),
             sampling=Sampling(temperature=0.8, top_p=0.95, seed=seed),
             stop_ids=self.tokenizer.eos_ids,
         )  # fmt: skip
-        return self.tokenizer.decode([*prompt, *made.tokens[0]])
+        return self.tokenizer.decode([*self.prompt, *made.tokens[0]])
 
     def _export(self) -> Path:
         """Writes `out/model`, in place of an earlier one once it is whole."""
@@ -250,7 +269,7 @@ def _model(config: TrainConfig) -> tuple[ModelConfig, Tokenizer, Callable[[], Pa
 def _about(
     config: TrainConfig, dtype: Any, model: ModelConfig, tokenizer: Tokenizer, data: Data
 ) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run. `steps` may grow."""
+    """What must be the same for a resumed run to be the same run."""
     return {
         "model": model.to_hf(),
         "tokenizer": fingerprint(tokenizer),
@@ -306,6 +325,8 @@ def _progress(console: Console, first: int, last: int) -> Iterator[Callable[[dic
                 told += f"  {row['tokens_per_s']:,.0f} tokens/s"
             if "mfu" in row:
                 told += f"  {row['mfu']:.0%} MFU"
+            if row["skipped"]:
+                told += f"  {row['skipped']} skipped"
             progress.update(task, completed=row["step"], told=told)
 
         yield show

@@ -48,7 +48,7 @@ def next_token_loss(
       count: divide sums by this instead of the number of targets: that of the whole batch, where
         `batch` is a part of it. The balance loss is then weighted by the part's share.
       z_loss: weight of lse^2 (arXiv 2204.02311, section 5).
-      block: rows of logits alive at a time.
+      block: the most rows of logits alive at a time; a quarter of the batch's where that is less.
       options: those of `jaxinfra.model.transformer.hidden`: remat, unroll, implementation.
 
     A mixture of experts adds `config.experts.balance_coef` times its load-balance loss.
@@ -71,7 +71,7 @@ def next_token_loss(
         weights.reshape(-1),
         z_loss,
         config.logit_soft_cap,
-        block,
+        min(block, -(-weights.size // 4)),
     )
     loss, nll = sums[0] / count, sums[1] / count
     if balance is not None:

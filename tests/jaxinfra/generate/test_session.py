@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from jaxinfra.errors import UserError
-from jaxinfra.generate import Sampling, session
+from jaxinfra.generate import Sampling, loop, session
 from jaxinfra.loading import Model
 from jaxinfra.model import cache as kv
 from jaxinfra.model.config import ModelConfig
@@ -89,6 +89,35 @@ def test_an_answer_broken_off_counts_as_said():
     assert "".join(talk.ask("Go on")) == afresh(PLAIN, before)
 
 
+def test_ctrl_c_inside_a_call_leaves_a_conversation_that_goes_on(monkeypatch):
+    """The call has been given the cache and what it gave back never arrived."""
+    compiled = loop._compiled
+
+    def interrupting(function, *args, **options):
+        program = compiled(function, *args, **options)
+        if function is not loop.decode:
+            return program
+
+        def call(*arguments):
+            program(*arguments)
+            raise KeyboardInterrupt
+
+        return call
+
+    talk = conversation(max_new_tokens=40)
+    monkeypatch.setattr(loop, "_compiled", interrupting)
+    pieces = talk.ask("Hi there")
+    with pytest.raises(KeyboardInterrupt):
+        list(pieces)
+    monkeypatch.undo()
+    assert talk.stream is not None and "tokens, " in session.status(
+        talk.stream, unstacked(), model().config, 1e9
+    )
+    before = [*talk.messages, {"role": "user", "content": "Go on"}]
+    talk._max_new = 9
+    assert "".join(talk.ask("Go on")) == afresh(PLAIN, before)
+
+
 def test_pieces_join_to_the_decoded_tokens():
     talk = conversation(max_new_tokens=30)
     text = "".join(talk.complete("def f(x):"))
@@ -158,6 +187,8 @@ def test_completion_without_a_template(monkeypatch):
     assert "6 tokens, " in shown and session.COMMANDS not in shown
     with pytest.raises(UserError, match="no chat template"):
         session.run(model(None), "Hi", chat=True, console=Console(file=io.StringIO()))
+    with pytest.raises(UserError, match="only a chat has a system's message"):
+        session.run(model(None), "Hi", system="Be brief.", console=Console(file=io.StringIO()))
 
 
 def test_ctrl_c_ends_the_answer_only(monkeypatch):
@@ -172,3 +203,17 @@ def test_ctrl_c_ends_the_answer_only(monkeypatch):
     monkeypatch.setattr(session.Conversation, "ask", interrupted)
     shown = screen(monkeypatch, ["Hi there", "And then?", "/exit"], PLAIN)
     assert shown.count(" tokens/s, ") == 2
+
+
+def test_ctrl_c_while_compiling_ends_the_answer_only(monkeypatch):
+    real, calls = session.Conversation.ask, []
+
+    def interrupted(self, text):
+        calls.append(text)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(self, text)
+
+    monkeypatch.setattr(session.Conversation, "ask", interrupted)
+    shown = screen(monkeypatch, ["Hi there", "And then?", "/exit"], PLAIN)
+    assert calls == ["Hi there", "And then?"] and shown.count(" tokens/s, ") == 1

@@ -41,6 +41,7 @@ def test_what_is_written_reads_as_the_same(family):
         ("mistral", {"sliding_window": "abc"}, "attention window 'abc' must be a positive integer"),
         ("gemma3", {"query_pre_attn_scalar": None}, "a wrong value"),
         ("gemma3", {"layer_types": ["full_attention"]}, "1 layer_types for 4 layers"),
+        ("gemma3", {"use_bidirectional_attention": True}, "no decoder"),
         ("mixtral", {"num_local_experts": 1}, "top_k=2 of 1 experts"),
         ("mixtral", {"num_local_experts": "8"}, "must be an integer"),
     ],

@@ -35,6 +35,25 @@ def test_logits(family):
     assert cases.relative_error(cases.forward(params, config, tokens), want) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+        ("mixtral", {"sliding_window": 5}),
+        ("llama", {"sliding_window": 5}),  # a key that this family does not look at
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+def test_logits_where_windows_are_not_the_family_s_usual(family, change):
+    raw = CONFIGS[family] | change
+    config = ModelConfig.from_hf(raw)
+    tokens = cases.tokens(config)
+    want = oracle.logits(oracle.model(raw, config), tokens)
+    assert cases.relative_error(cases.forward(cases.params(config), config, tokens), want) < 1e-5
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_logits_of_padded_rows(family, side):

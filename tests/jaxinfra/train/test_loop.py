@@ -152,8 +152,16 @@ def test_the_device_has_a_step_to_do_while_metrics_are_fetched(tmp_path, monkeyp
 
 
 def test_another_run_is_neither_overwritten_nor_mixed_up(tmp_path, whole):
-    with pytest.raises(UserError, match=r"holds a run at step 8; add --resume .* another --out"):
+    with pytest.raises(UserError, match=r"holds a run; add --resume .* another --out"):
         run(settings(tmp_path, "whole"))
+    with pytest.raises(UserError, match=r"other: holds no run to resume"):
+        run(settings(tmp_path, "other", resume=True))
+    thesis = tmp_path / "project" / "model" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(UserError, match=r"holds a folder `model`, which this run would replace"):
+        run(settings(tmp_path, "project"))
+    assert thesis.read_text() == "years of work"
     with pytest.raises(UserError, match=r"batch\.batch_size was 4, now 8"):
         run(settings(tmp_path, "whole", resume=True, batch_size=8))
     (tmp_path / "text.txt").write_text("something else " * 200)
@@ -178,6 +186,9 @@ def test_finetuning_starts_from_a_model_and_its_tokenizer(tmp_path, whole):
 def test_a_sample_is_written_by_the_model(tmp_path):
     rows = run(settings(tmp_path, steps=2, sample_every=1, eval_every=0, prompt="12 and ")).rows
     assert all(row["sample"].startswith("12 and ") for row in rows)
+    long = "12 and " * 30  # leaves room for fewer tokens than a sample has
+    rows = run(settings(tmp_path, "b", steps=1, sample_every=1, eval_every=0, prompt=long)).rows
+    assert rows[0]["sample"].startswith(long)
 
 
 def test_the_first_parameters_follow_the_seed(tmp_path):
@@ -192,10 +203,22 @@ def test_bad_wishes_are_refused_before_anything_is_written(tmp_path):
         ({"validation": 1.0}, "validation=1.0"),
         ({"seq_len": 512}, "seq_len=512 exceeds the model's max_seq_len=256"),
         ({"finetune": "nowhere"}, "nowhere: no such file"),
+        ({"sample_every": 1, "prompt": "x" * 300}, "prompt: 30. tokens leave no room"),
+        ({"seed": -1}, "seed=-1"),
+        ({"z_loss": float("nan")}, "z_loss=nan"),
+        ({"validation": float("nan")}, "validation=nan"),
     ):
         with pytest.raises(UserError, match=message):
             run(settings(tmp_path, **changes))
         assert not (tmp_path / "run").exists(), changes
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "weight_decay", "final_fraction", "b1", "b2", "eps", "clip_norm"]
+)
+def test_no_setting_of_the_optimizer_may_be_nan(name):
+    with pytest.raises(UserError, match=f"{name}=nan"):
+        OptimizerConfig(**{name: float("nan")})
 
 
 def test_the_configuration_is_read_without_jax():
