@@ -36,13 +36,13 @@ _HEAD = (
 def row(entry: Entry, link: bool) -> str:
     """One line of the table; `link` leads from the root of the repository to the entry."""
     ours, *peers = entry.samples
-    shown = {name: f"{median(values):,.4g} {entry.unit}" for name, values in entry.samples.items()}
+    shown = {name: f"{_number(median(v))} {entry.unit}" for name, v in entry.samples.items()}
     ratio = share = "—"
     if entry.ratio is not None and entry.interval is not None:
         low, high = entry.interval
         ratio = f"{entry.ratio:.2f} ({low:.2f}–{high:.2f})"
     if entry.roofline is not None:
-        share = f"{100 * entry.roofline:.0f} % of {entry.roof}"
+        share = f"{100 * entry.roofline:.3g} % of {entry.roof}"
     names = ("jax", "torch", "transformers") if peers else ("jax",)
     versions = ", ".join(f"{n} {entry.environment[n]}" for n in names if n in entry.environment)
     cells = (
@@ -51,6 +51,10 @@ def row(entry: Entry, link: bool) -> str:
         ratio, share, str(entry.environment["device"]), versions,
     )  # fmt: skip
     return "| " + " | ".join(" ".join(c.split()).replace("|", r"\|") for c in cells) + " |\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def render(text: str, entries: list[Entry], link: bool = True) -> str:
