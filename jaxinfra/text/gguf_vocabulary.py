@@ -34,6 +34,7 @@ from jaxinfra.errors import UserError
 PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # `llama_token_type` of llama.cpp
+_OPTIONAL = ("unknown", "padding")  # tokens without which a text can be read and written
 _SPACE = "\u2581"  # SentencePiece writes a space so
 _SPLIT = (  # Llama 3 takes up to three digits together, Qwen2 one
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,DIGITS}"
@@ -50,8 +51,10 @@ def build(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str], tuple
     tokens = own.get("tokens")
     if not tokens:
         raise UserError("holds no tokenizer; fetch a complete file or give a tokenizer.json")
+    if not isinstance(tokens, list) or not isinstance(tokens[0], str):  # an array has one type
+        raise UserError("damaged vocabulary (tokens are no texts); fetch the file again")
     kinds = own.get("token_type") or [_NORMAL] * len(tokens)
-    if len(kinds) != len(tokens):
+    if not isinstance(kinds, list) or len(kinds) != len(tokens) or not isinstance(kinds[0], int):
         raise UserError("damaged vocabulary (not a type for every token); fetch the file again")
     model = own.get("model")
     if model not in ("gpt2", "llama"):
@@ -64,15 +67,12 @@ def build(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str], tuple
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise UserError("damaged vocabulary (a token twice); fetch the file again")
+    names = ("bos", "eos", "eot", "eom", *_OPTIONAL)
+    ids = {name: _id(own, name, len(tokens)) for name in names}
     named = {
-        name: tokens[own[key]]
-        for name, key in (
-            ("bos_token", "bos_token_id"),
-            ("eos_token", "eos_token_id"),
-            ("unk_token", "unknown_token_id"),
-            ("pad_token", "padding_token_id"),
-        )
-        if own.get(key, len(tokens)) < len(tokens)
+        f"{name[:3]}_token": tokens[index]
+        for name in ("bos", "eos", *_OPTIONAL)
+        if (index := ids[name]) is not None
     }
     try:
         pipeline = (_bpe if model == "gpt2" else _sentencepiece)(own, vocabulary, kinds, named)
@@ -97,8 +97,20 @@ def build(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str], tuple
         pipeline.post_processor = processors.TemplateProcessing(
             single=ends, special_tokens=[(t, vocabulary[t]) for t in ends if t != "$A"]
         )
-    eos = [own.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    eos = [ids[name] for name in ("eos", "eot", "eom")]
     return pipeline, named, tuple(dict.fromkeys(i for i in eos if i is not None))
+
+
+def _id(own: Mapping, name: str, size: int) -> int | None:
+    """The id of a special token, if there is one."""
+    index = own.get(f"{name}_token_id")
+    if index is None or (type(index) is int and 0 <= index < size):
+        return index
+    if name in _OPTIONAL and type(index) is int:
+        return None  # converters write such an id for "none"; llama.cpp passes over it
+    raise UserError(
+        f"damaged vocabulary ({name}_token_id={index!r} of {size:,} tokens); fetch the file again"
+    )
 
 
 def _bpe(own: Mapping, vocabulary: dict[str, int], kinds: list[int], named: dict) -> Tokenizer:

@@ -1,8 +1,9 @@
 """The jinja2 environment of chat templates: transformers' rules inside bounds on time and memory.
 
 A template comes with a model and is a program by a stranger. jinja2's immutable sandbox keeps it
-from Python's internals; here it is also kept from running on and from filling the memory. Every
-value a template makes is measured where it is made, and each loop step and call looks at the clock.
+from Python's internals. Here every value it makes is measured too, before it is made where that can
+be foreseen, and each loop step and call looks at the clock. One built-in function may overrun the
+time, on at most SIZE, and what many values take together is not counted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import datetime
 import functools
 import json
 import re
+import string
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,9 +28,11 @@ from jinja2.utils import Namespace
 
 SECONDS = 5.0
 SIZE = 16_000_000  # characters of any one value and of the text written; an entry counts as eight
-LARGEST_COUNT = 10_000  # of a width, an indent, a range
+LARGEST_COUNT = 10_000  # of a width, an indent, a precision
 
 _GROWING = ("join", "indent", "tojson", "expandtabs", "wordwrap")  # write an argument many times
+_COUNTED = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "round")
+_WIDE = re.compile(r"%(\([^)]*\))?[-+ #0_^]*(\*|\d{5}|\d*\.(\*|\d{5}))")  # a format of printf
 
 deadline = contextvars.ContextVar("deadline", default=float("inf"))  # by time.monotonic()
 
@@ -44,8 +48,10 @@ def measure(*values: Any) -> int:
     todo, size = list(values), len(values)
     while todo:
         value = todo.pop()
-        if isinstance(value, str):
+        if isinstance(value, str | bytes):
             size += len(value)
+        elif isinstance(value, range):
+            size += 8 * len(value)
         elif isinstance(value, int) and abs(value) >= 2**63:
             raise OverflowError("computes with a number beyond 64 bits")
         elif isinstance(value, list | tuple):
@@ -72,25 +78,39 @@ def _ticked(values: Iterable[Any]) -> Iterator[Any]:
         yield value
 
 
-def _check_format(text: Any) -> None:
-    if isinstance(text, str) and re.search(r"\d{5}|%[-+ #0]*\*", text):
-        raise OverflowError("formats with a width beyond 9,999")
+def _joined(values: Iterable[Any]) -> str:
+    texts = [str(value) for value in values]
+    measure(texts)
+    return "".join(texts)
+
+
+def _check_percent(text: Any) -> None:
+    """For the operator %, the filter `format` and strftime."""
+    if isinstance(text, str) and _WIDE.search(text.replace("%%", "")):
+        raise OverflowError("formats with a width beyond 9,999, or one that is an argument")
+
+
+def _check_braces(text: Any) -> None:
+    """For the method `format`."""
+    for _, _, width, _ in string.Formatter().parse(text):
+        if re.search(r"\d{5}|{", width or ""):
+            raise OverflowError("formats with a width beyond 9,999, or one that is an argument")
 
 
 def _guarded(name: str, subject: Any, options: list[Any], function: Callable[[], Any]) -> Any:
     """The result of a filter or method called `name`, within bounds before and after the call."""
     tick()
     size = measure(subject, *options)
-    if any(isinstance(option, int) and abs(option) > LARGEST_COUNT for option in options):
+    counts = [o for o in options if isinstance(o, int)] if name in _COUNTED else []
+    if any(abs(count) > LARGEST_COUNT for count in counts):
         raise OverflowError(f"{name}: a number beyond {LARGEST_COUNT:,}")
-    if "format" in name:
-        _check_format(subject)
     texts = [option for option in options if isinstance(option, str)]
     if name == "replace":
         grown = max([str(subject).count(t) for t in texts], default=0) * max(map(len, texts))
+    elif name == "format":
+        grown = measure(*options) * max(subject.count("%"), subject.count("{"))
     elif name in _GROWING:
         texts += [subject] if name == "join" and isinstance(subject, str) else []
-        counts = [option for option in options if isinstance(option, int)]
         grown = size * max([*counts, *map(len, texts)], default=0)
     else:
         grown = 0
@@ -113,8 +133,11 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(function)  # also copies the mark that asks for the context
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        subject, *options = args[takes_context:]
-        call = functools.partial(function, *args, **kwargs)
+        context, (subject, *options) = args[:takes_context], args[takes_context:]
+        if name == "format":
+            _check_percent(subject)
+        given = _ticked(subject) if name == "sum" else subject  # a sum of lists copies every part
+        call = functools.partial(function, *context, given, *options, **kwargs)
         return _guarded(name, subject, [*options, *kwargs.values()], call)
 
     return guarded
@@ -142,10 +165,9 @@ class _Bounds(jinja2.visitor.NodeTransformer):
         node.iter = self._filter(node.iter, "_ticked")
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
-        node.nodes = [self._filter(operand, "_measured") for operand in node.nodes]
-        return node
+        return self._filter(nodes.List(node.nodes, lineno=node.lineno), "_joined")
 
     def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
@@ -171,6 +193,7 @@ class _Generation(jinja2.ext.Extension):
 class ChatEnvironment(ImmutableSandboxedEnvironment):
     """The sandbox; templates made from it must be rendered with `deadline` set."""
 
+    concat = staticmethod(_joined)  # of the pieces of a macro, a block, a whole template
     intercepted_binops = frozenset({"+", "*", "%", "**"})
 
     def __init__(self) -> None:
@@ -184,7 +207,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {
             name: _guarded_filter(name, function) for name, function in self.filters.items()
         }
-        self.filters |= {"_ticked": _ticked, "_measured": _measured}
+        self.filters |= {"_ticked": _ticked, "_measured": _measured, "_joined": _joined}
         del self.globals["lipsum"]
         self.globals |= {
             "namespace": _Namespace,
@@ -196,10 +219,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return _Bounds().visit(super()._parse(source, name, filename))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """As in jinja2, and without two methods of text whose growth is hard to foresee."""
-        return attr not in ("translate", "format_map") and super().is_safe_attribute(
-            obj, attr, value
-        )
+        """As in jinja2, and without three methods whose growth is hard to foresee."""
+        refused = ("translate", "format_map", "to_bytes")
+        return attr not in refused and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An arithmetic operator, measured."""
@@ -213,16 +235,20 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             times = next((n for n in (left, right) if isinstance(n, int)), 0)
             if times * size > SIZE:
                 raise OverflowError(f"builds a value of more than {SIZE:,} characters")
-        if operator == "%":
-            _check_format(left)
-        return _measured(super().call_binop(context, operator, left, right))
+        result = functools.partial(super().call_binop, context, operator, left, right)
+        if operator == "%" and isinstance(left, str):
+            _check_percent(left)
+            return _guarded("format", left, [right], result)
+        return _measured(result())
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """A call; methods of text and functions of the environment are measured."""
         tick()
         call = functools.partial(super().call, context, obj, *args, **kwargs)
         subject = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # format is wrapped
-        if isinstance(subject, str) or obj in (self.globals["range"], dict):
+        if isinstance(subject, str) or obj is dict:
+            if obj.__name__ == "format":
+                _check_braces(subject)
             return _guarded(obj.__name__, subject, [*args, *kwargs.values()], call)
         return call()
 
@@ -244,5 +270,5 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    _check_format(format)
+    _check_percent(format)
     return datetime.datetime.now().strftime(format)

@@ -65,28 +65,25 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:
             config |= _read_json(folder / "special_tokens_map.json")
         backend.encode_special_tokens = bool(config.get("split_special_tokens"))
-        special = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in config.items()
-            if name.endswith("_token") and isinstance(token, str | dict)
-        }
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        if isinstance(extra, dict):
-            special |= extra
-            extra = []
-        extra = [token["content"] if isinstance(token, dict) else token for token in extra]
-        declared = config.get("added_tokens_decoder", {})
-        for index in sorted(declared, key=int):
-            backend.add_tokens([AddedToken(**declared[index])])
-        backend.add_special_tokens(
-            [AddedToken(token, normalized=False) for token in [*special.values(), *extra]]
-        )
-        eos = [backend.token_to_id(special["eos_token"])] if "eos_token" in special else []
+        try:
+            special = _add_special(backend, config)
+            eos = [special["eos_token"]] if "eos_token" in special else []
+            eos = [*map(backend.token_to_id, eos), *config.get("eos_token_ids", [])]
+            template = _read_template(folder, config)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: a wrong value ({error}); fetch the file again"
+            ) from None
         for name in ("config.json", "generation_config.json"):
             more = _read_json(folder / name).get("eos_token_id")
             eos += more if isinstance(more, list) else [] if more is None else [more]
-        eos += config.get("eos_token_ids", [])
-        return cls(backend, special, tuple(dict.fromkeys(eos)), _read_template(folder, config))
+        for index in eos:
+            if type(index) is not int or not 0 <= index < 1 << 32:
+                raise UserError(f"{folder}: {index!r} is given as the id of an eos token")
+        eos = [index for index in eos if backend.id_to_token(index) is not None]
+        return cls(backend, special, tuple(dict.fromkeys(eos)), template)
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> Tokenizer:
@@ -97,12 +94,22 @@ class Tokenizer:
         """
         from jaxinfra.weights.gguf_header import read_header
 
-        metadata = read_header(path).metadata
+        header = read_header(path)
+        embedding = header.tensors.get("token_embd.weight")
+        template = header.metadata.get("tokenizer.chat_template")
         try:
-            backend, special, eos = gguf_vocabulary.build(metadata)
+            backend, special, eos = gguf_vocabulary.build(header.metadata)
+            size = backend.get_vocab_size()
+            if embedding and embedding.shape[0] != size:
+                raise UserError(
+                    f"{size:,} tokens for an embedding of {embedding.shape[0]:,} rows; fetch the "
+                    "file again"
+                )
+            if not isinstance(template, str | None):
+                raise UserError("its chat template is no text; fetch the file again")
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        return cls(backend, special, eos, metadata.get("tokenizer.chat_template"))
+        return cls(backend, special, eos, template)
 
     @classmethod
     def byte_level(cls) -> Tokenizer:
@@ -143,12 +150,25 @@ class Tokenizer:
         return self.backend.token_to_id(self.special[name]) if name in self.special else None
 
     def check(self, config: ModelConfig) -> None:
-        """Raises UserError when a token id is beyond the model's vocabulary."""
-        if self.vocab_size > config.vocab_size:
-            raise UserError(
-                f"tokenizer: ids up to {self.vocab_size - 1} do not fit the model's vocab_size="
-                f"{config.vocab_size}; use the tokenizer that belongs to the model"
-            )
+        """Raises UserError when this tokenizer does not belong to the model.
+
+        Ids must be rows of its embedding, and at least half of the rows must have an id. Published
+        models fill up to a round number and stay far above (Qwen 3: 151,669 of 151,936); the
+        vocabulary of another model often is far below. Ids of bos and eos say less: some models
+        name others in config.json than in their tokenizer (DeepSeek's distillations of Qwen). A
+        vocabulary of bytes is let through, as a model of any size may be trained on it.
+        """
+        size, rows = self.vocab_size, config.vocab_size
+        if size > rows:
+            fault = f"ids up to {size - 1} do not fit"
+        elif _BYTE_VOCABULARY < size < rows / 2:
+            fault = f"its {size:,} ids are less than half of"
+        else:
+            return
+        raise UserError(
+            f"tokenizer: {fault} the model's vocab_size={rows}; use the tokenizer that belongs to "
+            "the model"
+        )
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of `text`; `add_special` adds bos (and eos) where the tokenizer has the rule.
@@ -230,6 +250,29 @@ def _check_text(text: object) -> None:
         ) from None
 
 
+def _add_special(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, str]:
+    """Adds the tokens that tokenizer_config.json lists to the vocabulary; gives the named ones."""
+
+    def content(token: Any) -> str:
+        return token["content"] if isinstance(token, dict) else token
+
+    special = {
+        name: content(token)
+        for name, token in config.items()
+        if name.endswith("_token") and isinstance(token, str | dict)
+    }
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        special |= {name: content(token) for name, token in extra.items()}
+        extra = []
+    declared = config.get("added_tokens_decoder", {})
+    for index in sorted(declared, key=int):
+        backend.add_tokens([AddedToken(**declared[index])])
+    names = [*special.values(), *map(content, extra)]
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    return special
+
+
 def _read_text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
@@ -242,7 +285,7 @@ def _read_text(path: Path) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(_read_text(path) or "{}")
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
@@ -256,6 +299,8 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
         template = own.get("chat_template", config.get("chat_template"))
     if isinstance(template, list):  # several, each with a name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if not isinstance(template, str | None):
+        raise TypeError("the chat template is no text")
     return template
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import http.client
 import os
@@ -23,6 +22,7 @@ from rich.progress import (
 )
 
 from jaxinfra.errors import UserError
+from jaxinfra.weights.files import CANNOT_WRITE, writing
 
 _TIMEOUT = 15.0  # seconds without a byte
 _TRIES = 5  # in a row without a new byte
@@ -42,23 +42,24 @@ def fetch(url: str, file: Path, sha256: str | None, *, progress: bool, pause: fl
     up, and when the SHA-256 differs (then the part is removed).
     """
     part = file.with_name(file.name + ".part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    resumed = _size(part) > 0
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-               TransferSpeedColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        _until_whole(url, part, bar, pause)
-    if sha256 and digest(part) != sha256:
-        part.unlink()
-        if resumed:  # the old part may be of another file
-            return fetch(url, file, sha256, progress=progress, pause=pause)
-        raise UserError(
-            f"{file.name}: what was downloaded has another SHA-256 than {sha256}; it was removed, "
-            "try again (a proxy may have changed it)"
-        )
-    with open(part, "rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(part, file)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        resumed = _size(part) > 0
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+                   TransferSpeedColumn(), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+            _until_whole(url, part, bar, pause)
+        if sha256 and digest(part) != sha256:
+            part.unlink()
+            if resumed:  # the old part may be of another file
+                return fetch(url, file, sha256, progress=progress, pause=pause)
+            raise UserError(
+                f"{file.name}: what was downloaded has another SHA-256 than {sha256}; it was "
+                "removed, try again (a proxy may have changed it)"
+            )
+        with open(part, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, file)
 
 
 def digest(file: Path) -> str:
@@ -81,8 +82,8 @@ def _until_whole(url: str, part: Path, bar: Progress, pause: float) -> None:
                 raise UserError(f"{part.name}: the server answers {error.code}") from None
             reason = f"the server answers {error.code}"
         except (OSError, http.client.HTTPException, _BrokenOff) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"{part}: the disk is full; make room and run it again") from None
+            if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+                raise
             reason = str(error)
         tries = 1 if _size(part) > before else tries + 1
         if tries == _TRIES:

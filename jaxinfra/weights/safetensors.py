@@ -24,6 +24,7 @@ from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
 from jaxinfra.weights.assemble import assemble, check
 from jaxinfra.weights.files import new_folder
+from jaxinfra.weights.index import INDEX, parse, weight_map
 from jaxinfra.weights.names import Tensor, hf_tensors, leaves
 
 _DTYPES = {
@@ -33,7 +34,6 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                     "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt",
                     "added_tokens.json", "generation_config.json")  # fmt: skip
@@ -87,27 +87,26 @@ def load(folder: str | Path, config: ModelConfig, dtype: Any, sharding: Any = No
 
 def headers(folder: Path) -> dict[str, Stored]:
     """Where every tensor of the checkpoint in `folder` lies, by name."""
-    index = folder / _INDEX
-    if index.exists():
-        try:
-            places = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(places.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: not a safetensors index; fetch the file again") from None
-    elif (folder / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    else:
-        raise UserError(f"{folder}: holds neither model.safetensors nor {_INDEX}")
-    stored: dict[str, Stored] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file, but {_INDEX} names it; fetch it again")
-        stored |= header(folder / name)
-    return stored
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / "model.safetensors").exists():
+            raise UserError(f"{folder}: holds neither model.safetensors nor {INDEX}")
+        return header(folder / "model.safetensors")
+    places = weight_map(index)
+    shards = {shard: header(folder / shard) for shard in sorted(set(places.values()))}
+    for name, shard in places.items():
+        if name not in shards[shard]:
+            raise UserError(
+                f"{folder / shard}: lacks tensor {name}, which {INDEX} says it holds; fetch both "
+                "files again"
+            )
+    return {name: shards[shard][name] for name, shard in places.items()}
 
 
 def header(file: Path) -> dict[str, Stored]:
     """Reads the header of one safetensors file and holds it against the file's length."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file, but {INDEX} names it; fetch it again")
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -118,25 +117,27 @@ def header(file: Path) -> dict[str, Stored]:
             )
         raw = stream.read(length)
     try:
-        entries = {k: v for k, v in json.loads(raw).items() if k != "__metadata__"}
-        stored = {
-            name: Stored(file, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
-            for name, e in entries.items()
-        }
-        end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
-        for name, e in entries.items():
-            first, last = e["data_offsets"]
+        entries = {k: v for k, v in parse(raw).items() if k != "__metadata__"}
+        stored, end = {}, 0
+        for name, e in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (first, last) = tuple(e["shape"]), e["data_offsets"]
+            if any(type(n) is not int or n < 0 for n in (*shape, first, last)):
+                raise ValueError(f"tensor {name} has a shape or offsets that are no integers")
+            if first < end:
+                raise ValueError(f"tensor {name} overlaps another")
             dtype = _DTYPES.get(e["dtype"])
-            if first < 0 or (dtype and math.prod(e["shape"]) * dtype.itemsize != last - first):
-                raise UserError(f"{file}: tensor {name} has another size than its shape says")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{file}: not a safetensors file; fetch it again") from None
-    if size < end:
+            if dtype and math.prod(shape) * dtype.itemsize != last - first:
+                raise ValueError(f"tensor {name} has another size than its shape says")
+            stored[name] = Stored(file, e["dtype"], shape, 8 + length + first)
+            end = last
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file}: truncated: its header tells of {end:,} bytes, the file has {size:,}; "
-            "fetch it again"
+            f"{file}: not a safetensors file, or damaged ({error}); fetch it again"
+        ) from None
+    if size < 8 + length + end:
+        raise UserError(
+            f"{file}: truncated: its header tells of {8 + length + end:,} bytes, the file has "
+            f"{size:,}; fetch it again"
         )
     return stored
 
@@ -188,7 +189,7 @@ def save(
             weight_map |= {tensor.name: name for tensor in shard}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (new / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write(file: Path, shard: list[Tensor], arrays: dict[str, Any]) -> None:

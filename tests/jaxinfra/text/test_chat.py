@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 from pathlib import Path
 
 import jinja2
@@ -153,6 +154,12 @@ HOSTILE = {
     "join filter": BIG + "{{ range(9999) | join(x) }}",
     "indent": "{{ ('a\n' * 100000) | indent(9999) }}",
     "tojson": "{{ range(9999) | list | tojson(indent=9999) }}",
+    "format of text": "{{ '{:>{}}'.format(1, '999999999') }}",
+    "precision": "{{ '%.*f' % (999999999, 1) }}{{ '%.999999999f' % 1 }}",
+    "round": "{{ 1.5 | round(999999999, 'floor') }}",
+    "batch": "{{ [1] | batch(999999999, 'x') | list }}",
+    "bytes": "{{ (1).to_bytes(999999999, 'big') }}",
+    "bytes times": "{{ ('a' * 1000).encode() * 999999 }}",
     "translate": "{{ 'a'.translate({97: 'b'}) }}",
     # Mistakes
     "syntax": "{% if %}",
@@ -170,6 +177,53 @@ def test_hostile_and_broken_templates_end_in_one_error(name, monkeypatch):
     with pytest.raises(UserError, match=r"^chat template: "):
         render(HOSTILE[name], USER)
     assert time.monotonic() - start < 30  # minutes or gigabytes without the bounds
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro m() %}{% for i in range(60) %}{{ x }}{% endfor %}{% endmacro %}{% set y = m() %}",
+        "{% set y %}{% for i in range(60) %}{{ x }}{% endfor %}{% endset %}",
+        "{% set y = ('%(a)s' * 60) % {'a': x} %}",
+        "{% set y = ('{0}' * 60).format(x) %}",
+        "{% set y = " + " ~ ".join(["x"] * 60) + " %}",
+    ],
+)
+def test_values_are_measured_before_they_are_joined(template):
+    tracemalloc.start()
+    with pytest.raises(UserError, match="builds a value of more than"):
+        render(template, USER, x="a" * 5_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000_000  # 300,000,000 where the join comes first
+
+
+def test_a_sum_of_lists_looks_at_the_clock(monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.3)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="computes for more than"):
+        render("{{ ([[1]] * 100000) | sum(start=[]) | length }}", USER)
+    assert time.monotonic() - start < 3  # 10 s without
+    assert render("{{ [[1], [2]] | sum(start=[]) }}", USER) == "[1, 2]"
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ x | default(32768) }}", "32768"),
+        ("{{ 'since 20250 %s' % 'x' }}", "since 20250 x"),
+        ("{{ '100%% of 12345, 100%%12345 %5.2f' % 1 }}", "100% of 12345, 100%12345  1.00"),
+        ("{{ '20250 %s' | format('x') }}", "20250 x"),
+        ("{{ 'Port 12345: {:>3}'.format(54321) }}", "Port 12345: 54321"),
+        ("""{{ '{{"id": 12345, "of": {}}}'.format(1) }}""", '{"id": 12345, "of": 1}'),
+        ("{% for i in range(20000) %}{% endfor %}ok", "ok"),
+        ("{{ 'a b' | truncate(20000) }}{{ 'a' | wordwrap(20000) }}", "a ba"),
+        ("{{ 1 ~ none ~ [2] ~ nothing ~ 'a' }}", "1None[2]a"),
+        ("{{ strftime_now('20250') }}", "20250"),
+    ],
+)
+def test_large_numbers_that_make_nothing_large_are_let_through(template, text):
+    assert render(template, USER) == text
 
 
 @pytest.mark.parametrize("name", ["class", "subclasses", "function", "change"])

@@ -6,15 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from jaxinfra.errors import UserError
 from jaxinfra.text import Tokenizer
 from jaxinfra.text.stream import byte_alphabet
+from jaxinfra.weights import gguf_header
 from tests.jaxinfra.text.samples import digest, strings
 from tests.jaxinfra.text.vocabularies import (
     KINDS,
@@ -172,6 +176,54 @@ def test_a_gguf_with_a_token_twice_is_refused(tmp_path):
         Tokenizer.from_gguf(write_gguf(tmp_path / "m.gguf", ["a", "a"], model="gpt2", pre="gpt-2"))
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("tokens", 5),
+        ("tokens", "abc"),
+        ("tokens", [1, 2]),
+        ("token_type", 5),
+        ("token_type", ["a", "b"]),
+        ("merges", 7),
+        ("merges", [1]),
+        ("bos_token_id", "x"),
+        ("bos_token_id", 1.5),
+        ("bos_token_id", -1),
+        ("eos_token_id", 2),
+        ("eos_token_id", [1]),
+        ("eot_token_id", True),
+        ("unknown_token_id", "x"),
+        ("chat_template", 5),
+    ],
+)
+def test_metadata_of_another_type_is_refused(key, value, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "bad.gguf", ["a", "b"], model="gpt2", pre="gpt-2", eos_token_id=1)
+    header = gguf_header.read_header(path)
+    assert Tokenizer.from_gguf(path).eos_ids == (1,)
+    prefix = "tokenizer." if key == "chat_template" else "tokenizer.ggml."
+    header.metadata[prefix + key] = value
+    monkeypatch.setattr(gguf_header, "read_header", lambda _: header)
+    with pytest.raises(UserError, match=r"bad\.gguf: .*fetch the file again"):
+        Tokenizer.from_gguf(path)
+
+
+def test_an_id_that_means_no_padding_is_passed_over(tmp_path):
+    own = {"model": "gpt2", "pre": "gpt-2", "padding_token_id": 2**32 - 1}
+    assert Tokenizer.from_gguf(write_gguf(tmp_path / "m.gguf", ["a"], **own)).pad_id is None
+
+
+def test_a_gguf_has_a_token_for_every_row_of_its_embedding(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", ["a", "b"], model="gpt2", pre="gpt-2")
+    header = gguf_header.read_header(path)
+    kind = GGMLQuantizationType.F32
+    monkeypatch.setattr(gguf_header, "read_header", lambda _: header)
+    header.tensors["token_embd.weight"] = gguf_header.Stored(kind, (2, 32), 0)
+    Tokenizer.from_gguf(path)
+    header.tensors["token_embd.weight"] = gguf_header.Stored(kind, (3, 32), 0)
+    with pytest.raises(UserError, match=r"m\.gguf: 2 tokens for an embedding of 3 rows"):
+        Tokenizer.from_gguf(path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_folder_loads_as_the_same_tokenizer(kind, loaded, tmp_path):
     tokenizer = dataclasses.replace(loaded[kind], eos_ids=(5, 6), chat_template="{{ messages }}")
@@ -248,6 +300,17 @@ def test_the_chat_template_is_found_in_order(tmp_path):
         ("tokenizer_config.json", "{", "not valid JSON"),
         ("tokenizer_config.json", "[]", "not a JSON object"),
         ("generation_config.json", "\x00", "not valid JSON"),
+        ("tokenizer_config.json", "[" * 200_000, "not valid JSON"),
+        ("tokenizer_config.json", '{"bos_token": {}}', "a wrong value"),
+        ("tokenizer_config.json", '{"eos_token_ids": 5}', "a wrong value"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "a wrong value"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 5}', "a wrong value"),
+        ("tokenizer_config.json", '{"extra_special_tokens": {"a": 5}}', "a wrong value"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "a wrong value"),
+        ("tokenizer_config.json", '{"chat_template": [5]}', "a wrong value"),
+        ("config.json", '{"eos_token_id": "x"}', "'x' is given as the id"),
+        ("config.json", '{"eos_token_id": -1}', "-1 is given as the id"),
+        ("generation_config.json", '{"eos_token_id": [1.5]}', "1.5 is given as the id"),
     ],
 )
 def test_a_damaged_folder_names_the_file(name, content, says, tmp_path):
@@ -257,7 +320,14 @@ def test_a_damaged_folder_names_the_file(name, content, says, tmp_path):
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=says) as raised:
         Tokenizer.from_folder(tmp_path)
-    assert name in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_an_end_that_the_tokenizer_has_not_is_passed_over(tmp_path):
+    """As after training a preset, whose ids are of a large vocabulary, on bytes."""
+    Tokenizer.byte_level().save(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [128001, 5]}')
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (257, 5)
 
 
 def test_bytes_are_tokens_and_come_back(tmp_path):
@@ -288,6 +358,27 @@ def test_a_vocabulary_beyond_the_models_is_refused():
     tokenizer.check(SimpleNamespace(vocab_size=320))  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"ids up to 319.*vocab_size=319"):
         tokenizer.check(SimpleNamespace(vocab_size=319))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "ids, rows, fits",
+    [
+        (151_669, 151_936, True),  # Qwen 3: rows to a round number
+        (50_295, 51_200, True),  # Phi 2
+        (320, 320, True),
+        (259, 128_256, True),  # bytes, for a model trained from nothing
+        (49_152, 128_256, False),  # SmolLM2's for Llama 3
+        (32_000, 262_144, False),  # Llama 2's for Gemma 3
+        (151_669, 128_256, False),
+    ],
+)
+def test_the_vocabulary_of_another_model_is_refused(ids, rows, fits):
+    tokenizer = Tokenizer(Backend(models.WordLevel({str(i): i for i in range(ids)}, "0")))
+    config: Any = SimpleNamespace(vocab_size=rows)
+    if fits:
+        return tokenizer.check(config)
+    with pytest.raises(UserError, match="use the tokenizer that belongs to the model"):
+        tokenizer.check(config)
 
 
 def check_stream(tokenizer, ids, skip=True):

@@ -100,6 +100,25 @@ def test_a_full_disk_is_a_usererror_and_not_tried_again(server, tmp_path, monkey
         _fetch(server, tmp_path / "file")
 
 
+def test_a_disk_that_fills_up_at_the_last_flush_keeps_the_part(server, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(UserError, match=r"/file: the disk is full .*make room"):
+            _fetch(server, tmp_path / "file")
+    assert (tmp_path / "file.part").read_bytes() == _CONTENT
+
+
+@pytest.mark.parametrize("place", ["folder", "a file/file"])
+def test_a_place_that_cannot_be_written_is_named(server, tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a file").touch()
+    with pytest.raises(UserError, match=rf"{place}: cannot be written"):
+        _fetch(server, tmp_path / place)
+
+
 def test_file_addresses_work(tmp_path):
     (tmp_path / "source").write_bytes(_CONTENT)
     url = (tmp_path / "source").as_uri()

