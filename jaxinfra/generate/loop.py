@@ -1,9 +1,10 @@
 """Generation on the device: one prefill call, then a loop that decodes several tokens a call.
 
-The prompt is padded to a power of two and the cache's capacity is one too, so that few programs are
-compiled; each is compiled before the clock starts. A decode call runs up to `steps` tokens in a
-`lax.while_loop`, stops when all rows have met a stop id, and feeds tokens back on the device; its
-tokens are fetched while the next call runs. Parameters and cache have the same dtype.
+Prompts are padded to 16, 24, 32, 48, 64, 96, ... tokens and the cache's capacity is a power of two,
+so that few programs are compiled; each is compiled before the clock starts. A decode call runs up
+to `steps` tokens in a `lax.while_loop` and feeds them back on the device; off a GPU it stops when
+all rows have met a stop id. Its tokens are fetched while the next call runs. Parameters and cache
+have the same dtype.
 
 Cost of a token: see `jaxinfra.model.cache`; a call adds one dispatch and one fetch.
 """
@@ -66,9 +67,12 @@ class Generation:
     timings: Timings
 
 
-def bucket(count: int, least: int, most: int) -> int:
-    """The power of two from `least` that holds `count`, cut at `most`."""
-    return min(max(least, 1 << (count - 1).bit_length()), most)
+def bucket(count: int, least: int, most: int, *, half: bool = False) -> int:
+    """The power of two from `least` that holds `count`, cut at `most`; `half`: or 3/4 of one."""
+    power = max(least, 1 << (count - 1).bit_length())
+    if half and count <= power * 3 // 4 and power > least:
+        power = power * 3 // 4
+    return min(power, most)
 
 
 def capacity_for(config: ModelConfig, prompt: int, max_new_tokens: int) -> int:
@@ -96,9 +100,10 @@ def prefill(
     *,
     config: ModelConfig,
     sampling: Sampling,
+    fresh: bool,
 ) -> State:
     """Takes the prompts, right-padded to T, into the cache and draws the first new token."""
-    x, cache = kv.extend(params, config, tokens, cache, lengths=lengths)
+    x, cache = kv.extend(params, config, tokens, cache, lengths=lengths, fresh=fresh)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
     token = sample(kv.head(params, config, last)[:, 0], sampling, keys, cache.length)
     return State(cache, token, jnp.isin(token, stop_ids), max_new_tokens - 1)
@@ -177,7 +182,7 @@ class Stream:
             cache = kv.empty(config, B, capacity, params.embed.dtype)
         elif cache.k[0].shape[2] < capacity:
             cache = kv.grow(cache, capacity)
-        width = bucket(longest, MIN_PROMPT, cache.k[0].shape[2] - held)
+        width = bucket(longest, MIN_PROMPT, cache.k[0].shape[2] - held, half=True)
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
         keys = row_keys(sampling, range(B) if seeds is None else seeds)
         stop = jnp.asarray([*stop_ids] or [-1], jnp.int32)
@@ -189,7 +194,7 @@ class Stream:
         static = {"config": config, "sampling": dataclasses.replace(sampling, seed=0)}
         steps = steps or STEPS.get(jax.default_backend(), 32)
         start = time.perf_counter()
-        run_prefill = _compiled(prefill, first, "cache", **static)
+        run_prefill = _compiled(prefill, first, "cache", **static, fresh=held == 0)
         state = State(cache, lengths, lengths > 0, first[-1])  # the shapes of what prefill gives
         more = (params, state, keys, stop)
         run_decode = _compiled(decode, more, "state", **static, steps=steps)

@@ -16,7 +16,6 @@ head is still copied: XLA drops both axes of size one for the product and keeps 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 import jax
@@ -33,22 +32,11 @@ from pallas_kernels.flash_attention import attention
 
 
 @struct.dataclass
-class Rows:
-    """A matrix [in, out] that lies in memory as [out, in], as one vector at a time reads it best.
-
-    A GPU then takes one token through it by a multiply and a sum along memory, which XLA fuses with
-    what stands before and after, instead of a matrix product made for many rows.
-    """
-
-    w: Leaf  # [out, in]
-
-
-@struct.dataclass
 class FusedAttention:
     """Attention whose three input projections are one matrix; the rest as in `Attention`."""
 
-    qkv: Leaf | Rows  # [D, (N + 2K) H]
-    o: Leaf | Rows  # [N H, D]
+    qkv: Leaf  # [(N + 2K) H, D]
+    o: Leaf  # [D, N H]
     qkv_bias: Leaf = None  # [(N + 2K) H]
     q_norm: Leaf = None  # [H]
     k_norm: Leaf = None  # [H]
@@ -58,18 +46,21 @@ class FusedAttention:
 class FusedMLP:
     """A gated feed-forward whose two input projections are one matrix."""
 
-    gate_up: Leaf | Rows  # [D, 2 F]
-    down: Leaf | Rows  # [F, D]
+    gate_up: Leaf  # [2 F, D]
+    down: Leaf  # [D, F]
 
 
 @struct.dataclass
 class DecodeParams:
-    """Parameters for incremental decoding: one `Layer` a layer, projections merged."""
+    """Parameters for incremental decoding: one `Layer` a layer, projections merged.
+
+    Matrices lie as [out, in]: a vector at a time goes through them along memory.
+    """
 
     embed: Leaf  # [V, D]
     layers: tuple[Layer, ...]
     final_norm: Leaf  # [D]
-    unembed: Leaf | Rows  # [D, V], also where the embedding is tied: a matrix read across is slow
+    unembed: Leaf  # [V, D], the embedding itself where it is tied
 
 
 @struct.dataclass
@@ -81,15 +72,8 @@ class Cache:
     length: Int[Array, " B"]
 
 
-def unstack(params: Params, config: ModelConfig, *, rows: bool | None = None) -> DecodeParams:
-    """The same parameters, one layer apart from the other and with projections merged.
-
-    `rows`: store matrices as `Rows`; by default on a GPU.
-    """
-    rows = jax.default_backend() == "gpu" if rows is None else rows
-
-    def matrix(w: Array) -> Array | Rows:
-        return Rows(w.T) if rows else w
+def unstack(params: Params, config: ModelConfig) -> DecodeParams:
+    """The same parameters, one layer apart from the other and with projections merged."""
 
     def attn(a: Attention) -> FusedAttention:
         D = a.q.shape[0]
@@ -97,8 +81,8 @@ def unstack(params: Params, config: ModelConfig, *, rows: bool | None = None) ->
         if a.q_bias is not None:
             bias = jnp.concatenate([b.reshape(-1) for b in (a.q_bias, a.k_bias, a.v_bias)])
         return FusedAttention(
-            qkv=matrix(jnp.concatenate([w.reshape(D, -1) for w in (a.q, a.k, a.v)], axis=1)),
-            o=matrix(a.o.reshape(-1, D)),
+            qkv=jnp.concatenate([w.reshape(D, -1).T for w in (a.q, a.k, a.v)]),
+            o=a.o.reshape(-1, D).T,
             qkv_bias=bias,
             q_norm=a.q_norm,
             k_norm=a.k_norm,
@@ -108,26 +92,33 @@ def unstack(params: Params, config: ModelConfig, *, rows: bool | None = None) ->
         layer = jax.tree.map(lambda a: a[i], params.layers)
         mlp = layer.mlp
         if isinstance(mlp, MLP):
-            mlp = FusedMLP(matrix(jnp.concatenate([mlp.gate, mlp.up], axis=1)), matrix(mlp.down))
+            mlp = FusedMLP(jnp.concatenate([mlp.gate.T, mlp.up.T]), mlp.down.T)
         return layer.replace(attn=attn(layer.attn), mlp=mlp)
 
-    tied = params.unembed is None
     return DecodeParams(
         embed=params.embed,
         layers=tuple(one(i) for i in range(config.num_layers)),
         final_norm=params.final_norm,
-        unembed=Rows(params.embed) if rows and tied else matrix(model.unembedding(params)),
+        unembed=params.embed if params.unembed is None else params.unembed.T,
     )
 
 
-def project(x: Float[Array, "B T i"], w: Leaf | Rows, dtype: Any = None) -> Float[Array, "B T o"]:
-    """x times a matrix in either form; sums in float32, result in `dtype` or x's."""
+def along_memory() -> bool:
+    """Whether one token goes through a matrix by a multiply and a sum, as a GPU does it best.
+
+    XLA fuses those with what stands before and after; a matrix product there is made for many rows.
+    """
+    return jax.default_backend() == "gpu"
+
+
+def project(
+    x: Float[Array, "B T i"], w: Float[Array, "o i"], dtype: Any = None
+) -> Float[Array, "B T o"]:
+    """x times the transpose of w; sums in float32, result in `dtype` or x's."""
     dtype = dtype or x.dtype
-    if not isinstance(w, Rows):
-        return jnp.einsum("bti,io->bto", x, w, preferred_element_type=dtype)
-    if x.shape[0] * x.shape[1] > 1:
-        return jnp.einsum("bti,oi->bto", x, w.w, preferred_element_type=dtype)
-    return jnp.sum(x.astype(jnp.float32) * w.w.astype(jnp.float32), axis=-1)[None].astype(dtype)
+    if x.shape[0] * x.shape[1] > 1 or not along_memory():
+        return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=dtype)
+    return jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=-1)[None].astype(dtype)
 
 
 def empty(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
@@ -161,12 +152,15 @@ def extend(
     cache: Cache,
     *,
     lengths: Int[Array, " B"] | None = None,
+    fresh: bool = False,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states (after the final norm) of T tokens that follow those in the cache.
 
     Args:
       lengths: how many of the T tokens of each row are real (the others stand at its end and are
         written over by the next call); all of them by default.
+      fresh: the cache holds nothing yet: attention then looks at the T tokens alone and costs
+        T x T, not T times the capacity.
 
     Positions past the cache's capacity are not checked here: the caller counts tokens.
     """
@@ -176,9 +170,8 @@ def extend(
     if config.rope_local is not None:
         ropes.append(rope.table(config.rope_local, config.head_dim, positions))
     x = model.embed(cast(Params, params), config, tokens)
-    along_memory = isinstance(params.unembed, Rows)
-    attend = functools.partial(_attend_one, along_memory) if T == 1 else _attend
-    write = _write_slice if along_memory or T > 1 else _write_one
+    attend = _attend_one if T == 1 else _attend
+    write = _write_slice if along_memory() or T > 1 else _write_one
     keys, values = [], []
     for i, layer in enumerate(params.layers):
         window = config.window(i)
@@ -187,7 +180,10 @@ def extend(
         q, k, v = _queries_keys_values(cast(FusedAttention, layer.attn), h, config, cos_sin)
         keys.append(write(cache.k[i], k, cache.length))
         values.append(write(cache.v[i], v, cache.length))
-        out = attend(q, keys[-1], values[-1], cache.length, window, config)
+        if fresh:
+            out = attention(q, k, v, causal=True, window=window, scale=config.scale)
+        else:
+            out = attend(q, keys[-1], values[-1], cache.length, window, config)
         out = project(out.reshape(B, T, -1), cast(FusedAttention, layer.attn).o)
         x = model.residual(x, out, layer.post_attn_norm, config)
         out = _feed_forward(layer, model.norm(x, layer.mlp_norm, config), config)
@@ -243,7 +239,6 @@ def _attend(
 
 
 def _attend_one(
-    along_memory: bool,
     q: Float[Array, "B 1 N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
@@ -251,13 +246,10 @@ def _attend_one(
     window: int | None,
     config: ModelConfig,
 ) -> Float[Array, "B K G H"]:
-    """`_attend` of one query a row, reading the cache as it lies.
-
-    By multiplies and sums `along_memory`, as `Rows` are read, or by matrix products.
-    """
+    """`_attend` of one query a row, reading the cache as it lies."""
     B, _, N, H = q.shape
     grouped = q.reshape(B, k.shape[1], N // k.shape[1], H)
-    if along_memory:
+    if along_memory():
         products = grouped[:, :, :, None].astype(jnp.float32) * k[:, :, None].astype(jnp.float32)
         logits = jnp.sum(products, axis=-1)
     else:
@@ -268,7 +260,7 @@ def _attend_one(
         seen &= position > length[:, None] - window
     logits = jnp.where(seen[:, None, None], logits * config.scale, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1)
-    if along_memory:
+    if along_memory():
         out = jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=3)
         return out.astype(q.dtype)
     return jnp.einsum("bkgs,bksh->bkgh", weights.astype(v.dtype), v)

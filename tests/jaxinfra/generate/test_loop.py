@@ -158,3 +158,5 @@ def test_bad_requests(prompts, count, says):
 
 def test_buckets():
     assert [loop.bucket(n, 16, 100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
+    sizes = [loop.bucket(n, 16, 100, half=True) for n in (1, 16, 17, 24, 25, 48, 49, 90, 97)]
+    assert sizes == [16, 16, 24, 24, 32, 48, 64, 96, 100]

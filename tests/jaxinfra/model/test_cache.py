@@ -33,9 +33,9 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-def by_steps(params, config, tokens, sizes, extend=extend, rows=False) -> np.ndarray:
+def by_steps(params, config, tokens, sizes, extend=extend) -> np.ndarray:
     """Logits of all positions, `sizes` tokens at a time."""
-    params = kv.unstack(params, config, rows=rows)
+    params = kv.unstack(params, config)
     cache = kv.empty(config, tokens.shape[0], 16)
     blocks, start = [], 0
     for size in sizes:
@@ -55,13 +55,36 @@ def test_steps_equal_the_whole(family, sizes):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "mixtral"])
-def test_rows_as_a_gpu_reads_them_give_the_same(family):
+def test_reading_along_memory_as_a_gpu_does_gives_the_same(family, monkeypatch):
+    monkeypatch.setattr(kv, "along_memory", lambda: True)
+    again = jax.jit(lambda *args: kv.extend(*args), static_argnums=1)
     config, params, tokens = setup(family)
     whole = np.asarray(forward(params, config, tokens))
     sizes = (7, *[1] * (LENGTH - 7))
     for batch in (tokens, tokens[:1]):  # one row takes the path of one vector
-        found = by_steps(params, config, batch, sizes, rows=True)
+        found = by_steps(params, config, batch, sizes, again)
         assert error(found, whole[: len(batch)]) < LIMIT
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_fresh_cache_needs_no_more_keys_than_it_is_given(family):
+    config, params, tokens = setup(family)
+    decode_params = kv.unstack(params, config)
+    found = []
+    for fresh in (False, True):
+        cache = kv.empty(config, tokens.shape[0], 16)
+        run = jax.jit(lambda *args, fresh=fresh: kv.extend(*args, fresh=fresh), static_argnums=1)
+        x, cache = run(decode_params, config, tokens[:, :9], cache)
+        found.append((x, cache))
+        products = str(
+            jax.make_jaxpr(run, static_argnums=1)(
+                decode_params, config, tokens[:, :9], kv.empty(config, tokens.shape[0], 16)
+            )
+        )
+        assert (",9,16]" in products) is not fresh  # logits of nine queries for the whole capacity
+    (x, cache), (y, other) = found
+    assert error(np.asarray(y), np.asarray(x)) < LIMIT
+    assert all(np.array_equal(a, b) for a, b in zip(cache.k, other.k, strict=True))
 
 
 def ragged(params, config, tokens, extend=extend, lengths=(7, 4)) -> list[np.ndarray]:

@@ -1,0 +1,58 @@
+"""The only module that knows jax versions: above it, kernels for Hopper are spelled one way.
+
+jax 0.10.2 keeps its GPU interpreter private and lowers by lanes unless told otherwise; from 0.11 on
+the interpreter is public and lowering by warpgroups is the default.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+Accumulator: Any = plgpu.WGMMAAccumulatorRef
+
+_INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"
+_OLD = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10
+# jax 0.10 interprets no cluster's barriers, takes no notice of stores that are not committed, and
+# may wait for ever where a copy overtakes a reader.
+WHOLE_INTERPRETER = not _OLD
+
+
+def interpret_params() -> Any:
+    """What `interpret=` takes to run a kernel on a CPU with the race detector on."""
+    if _OLD:
+        params = importlib.import_module(f"{_INTERPRETER}.params")
+        return params.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=1)
+    params: Any = getattr(plgpu, "InterpretGPUParams")  # noqa: B009 (jax 0.10 has none)
+    return params(detect_races=True, num_tma_threads_per_device=5)
+
+
+def races_found() -> bool:
+    """Whether the kernel interpreted last raced; newer versions raise in the kernel instead."""
+    races = importlib.import_module(f"{_INTERPRETER}.gpu_callbacks")._races
+    return bool(races is not None and getattr(races, "races_found", False))
+
+
+def reset_interpreter() -> None:
+    """Forgets what an interpreted kernel that failed has left behind."""
+    importlib.import_module(f"{_INTERPRETER}.gpu_callbacks").reset_gpu_interpret_mode_state()
+
+
+def compiler_params(**options: Any) -> Any:
+    """Compiler parameters with layouts inferred for whole warpgroups, in every version."""
+    semantics = plgpu.LoweringSemantics.Warpgroup
+    return plgpu.CompilerParams(lowering_semantics=semantics, **options)
+
+
+def multiprocessors(interpret: Any) -> int:
+    """Blocks that a persistent kernel starts: one a multiprocessor; two where it is interpreted.
+
+    Lowered on a machine without a GPU: those of an H100.
+    """
+    if interpret:
+        return 2
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
