@@ -9,9 +9,9 @@ input, so that a token costs four matrix products a layer instead of seven.
 
 Inside a device loop the cache is written in place. Measured with SmolLM2-135M's shape in float32 at
 batch 1 on two busy CPU cores, best of ten turns: capacity 2,048 decodes 20.6 tokens/s against 12.1
-where XLA copies the cache (a slice update), 256 decodes 21.3 against 19.6. On idle cores capacity
-128 gave 38 tokens/s, 20 GB/s of weights where a plain sum reads 27.5. One row with one key/value
-head is still copied: XLA drops both axes of size one for the product and keeps them for the loop.
+where XLA copies the cache (a slice update), 256 decodes 21.3 against 19.6. One row with one
+key/value head is still copied: XLA drops both axes of size one for the product and keeps them for
+the loop.
 """
 
 from __future__ import annotations

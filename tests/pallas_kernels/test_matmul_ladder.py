@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _compat
-from pallas_kernels.interpreter import RaceError, interpret
+from pallas_kernels.interpreter import WHOLE, RaceError, interpret
 from pallas_kernels.matmul import reference
 from pallas_kernels.matmul.ladder import STEPS, broken
 
@@ -17,9 +16,7 @@ SHAPES = {  # more tiles than blocks, where blocks make several; more steps than
     "multicast": (512, 512, 320),
     "ping_pong": (384, 384, 256),
 }
-newer = pytest.mark.skipif(
-    not _compat.WHOLE_INTERPRETER, reason="jax 0.10 interprets less; a newer one does this"
-)
+newer = pytest.mark.skipif(not WHOLE, reason="jax 0.10 interprets less; a newer one does this")
 
 
 def step(name):
