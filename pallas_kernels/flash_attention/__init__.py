@@ -34,6 +34,7 @@ def supported(
     segment_ids: object | None = None,
     soft_cap: float | None = None,
     q_offset: int | Array | None = None,
+    sinks: object | None = None,
     platform: str | None = None,
 ) -> str | None:
     """Why `implementation` cannot take a call with these shapes, or None if it can."""
@@ -52,6 +53,7 @@ def supported(
         segments=segment_ids is not None,
         soft_cap=soft_cap,
         offset=q_offset is not None,
+        sinks=sinks is not None,
     )
 
 
@@ -66,6 +68,7 @@ def attention(
     soft_cap: float | None = None,
     scale: float | None = None,
     q_offset: int | Int[Array, " B"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> Any:
@@ -79,17 +82,18 @@ def attention(
       soft_cap: logits become soft_cap * tanh(logits / soft_cap).
       scale: on the logits; 1/sqrt(H) if None.
       q_offset: position of query 0 among the keys, one for all rows or one a row.
+      sinks: one more logit a head that takes weight and has no value (arXiv 2309.17453; gpt-oss).
       return_lse: return (output, float32 log-sum-exp [B, N, T]).
       implementation: one of IMPLEMENTATIONS, or None to choose.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that refuses.
     """
-    _check(q, k, v)
+    _check(q, k, v, sinks)
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
     asked = {"causal": causal, "window": window, "segment_ids": segment_ids,
-             "soft_cap": soft_cap, "q_offset": q_offset}  # fmt: skip
+             "soft_cap": soft_cap, "q_offset": q_offset, "sinks": sinks}  # fmt: skip
     reason = supported(implementation or "cudnn", q.shape, k.shape, q.dtype, **asked)
     if implementation is None:
         implementation = (
@@ -105,12 +109,12 @@ def attention(
         run = chunked.attention if implementation == "chunked" else reference.attention
         out, lse = run(
             q, k, v, causal=causal, window=window, segment_ids=segment_ids, soft_cap=soft_cap,
-            scale=scale, q_offset=0 if q_offset is None else jnp.asarray(q_offset),
+            scale=scale, q_offset=0 if q_offset is None else jnp.asarray(q_offset), sinks=sinks,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _check(q: Array, k: Array, v: Array) -> None:
+def _check(q: Array, k: Array, v: Array, sinks: Array | None) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             f"attention: q{q.shape}, k{k.shape}, v{v.shape}; want [B,T,N,H], [B,S,K,H] twice"
@@ -119,5 +123,7 @@ def _check(q: Array, k: Array, v: Array) -> None:
         raise ValueError(
             f"attention: q{q.shape} and k{k.shape} must share B and H, and N be a multiple of K"
         )
+    if sinks is not None and sinks.shape != (q.shape[2],):
+        raise ValueError(f"attention: sinks{sinks.shape}; want one a query head, ({q.shape[2]},)")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ")

@@ -42,6 +42,7 @@ def refusal(
     segments: bool,
     soft_cap: float | None,
     offset: bool,
+    sinks: bool,
 ) -> str | None:
     """Why cuDNN cannot take this call, or None if it can."""
     if platform not in ("gpu", "cuda"):
@@ -54,6 +55,8 @@ def refusal(
         return "cuDNN's path takes no segment ids"
     if soft_cap is not None:
         return "cuDNN's path takes no soft cap"
+    if sinks:
+        return "cuDNN's path takes no sinks"
     if offset or T != S:
         return f"cuDNN's path takes queries and keys that start together, not T={T}, S={S}"
     if window is not None and not isinstance(window, int):

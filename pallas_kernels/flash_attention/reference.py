@@ -48,10 +48,13 @@ def attention(
     soft_cap: float | None = None,
     scale: float | None = None,
     q_offset: int | Int[Array, " B"] | Int[Array, ""] = 0,
+    sinks: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """softmax(scale q k^T) v with masks; returns (output in q's dtype, log-sum-exp in float32).
 
-    A row that sees no key gives zeros and a log-sum-exp of minus infinity.
+    A sink is one more logit a head, which takes its share of the weight and has no value (it is
+    neither scaled nor capped); the log-sum-exp counts it. A row that sees no key gives zeros, and
+    a log-sum-exp of minus infinity where there is no sink.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -67,10 +70,15 @@ def attention(
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(allowed, logits, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+    if sink is not None:
+        top = jnp.maximum(top, sink)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + jnp.exp(sink - top)
     seen = total > 0
     weights = weights / jnp.where(seen, total, 1.0)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
