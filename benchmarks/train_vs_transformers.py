@@ -52,7 +52,7 @@ def ours() -> None:
     hyper = OptimizerConfig(learning_rate=1e-4)
     optimizer = make_optimizer(hyper, steps=1000)
     step = make_step(
-        config, optimizer, schedule(hyper, 1000), remat="matmuls", unroll=config.num_layers
+        config, optimizer, schedule(hyper, 1000), remat="none", unroll=config.num_layers
     )
     create = jax.jit(lambda key: TrainState.create(init(key, config), optimizer))
     state = create(jax.random.key(0))
