@@ -5,5 +5,6 @@ Each family has a `reference.py`, the plain mathematics that every implementatio
 
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.flash_attention import attention
+from pallas_kernels.matmul import Epilogue, matmul
 
-__all__ = ["attention", "linear_cross_entropy"]
+__all__ = ["Epilogue", "attention", "linear_cross_entropy", "matmul"]

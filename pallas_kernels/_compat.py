@@ -47,6 +47,23 @@ def compiler_params(**options: Any) -> Any:
     return plgpu.CompilerParams(lowering_semantics=semantics, **options)
 
 
+def load_plainly(ref: Any, interpret: Any) -> Any:
+    """What a reference to global memory holds, without asking for wide loads."""
+    if interpret:
+        return ref[...]
+    if _OLD:
+        old_load: Any = plgpu.load
+        return old_load(ref, (), optimized=False)
+    new_load: Any = plgpu.load
+    return new_load(ref, optimized=False)
+
+
+def compute_capability() -> str | None:
+    """That of the first GPU, as "9.0"; None where there is none."""
+    device = jax.devices()[0]
+    return str(device.compute_capability) if device.platform == "gpu" else None
+
+
 def multiprocessors(interpret: Any) -> int:
     """Blocks that a persistent kernel starts: one a multiprocessor; two where it is interpreted.
 

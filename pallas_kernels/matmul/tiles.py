@@ -11,6 +11,12 @@ from jaxtyping import Array
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
+def swizzled(columns: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """The same for tiles of 16-bit numbers with fewer than 64 columns: 16 or 32."""
+    columns = min(columns, 64)
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+
+
 def check(a: Array, b: Array, tile_m: int, tile_n: int, tile_k: int) -> None:
     """Raises ValueError where a and b are not what a step of the ladder takes."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:

@@ -1,8 +1,11 @@
 """Step 8, ping-pong: the two warpgroups work on different tiles and take turns at the tensor cores.
 
-While one multiplies, the other stores its sums: the tensor cores never wait for an epilogue. Each
-has a ring of its own, which the copying warpgroup fills tile by tile in the order of the turns. The
-tiles are smaller (128 x 128), so more is asked of the L2 cache: it pays where K is short.
+While one multiplies, the other stores its sums: the tensor cores never wait for an epilogue. With
+only one to feed them, it must keep a product under way while it queues the next, so a slot is
+handed back one step later. Both take from one ring, deep enough for the copies to keep ahead; two
+rings of three slots were a fifth slower. Who waits for a barrier must wait for all its phases, so a
+slot has a pair of barriers for each warpgroup. The tiles are smaller (128 x 128), so more is asked
+of the L2 cache: it pays where K is short.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from jaxtyping import Array, Float
 from pallas_kernels import _compat
 from pallas_kernels.matmul.ladder.tiled_epilogue import PIECE, store
 from pallas_kernels.matmul.tiles import SWIZZLED, check
-from pallas_kernels.mma import Products, sums
+from pallas_kernels.mma import reads_end, sums
 
-TILE, STEP, SLOTS = 128, 64, 3  # SLOTS: of each of the two rings
+TILE, STEP, SLOTS = 128, 64, 6
 BAND = 8
 
 
@@ -42,6 +45,11 @@ def matmul(a: Float[Array, "M K"], b: Float[Array, "K N"], *, interpret: Any = F
 
         mine = (count - block + blocks - 1) // blocks  # tiles of this block
 
+        def slot_of(done):
+            """The slot of this block's step number `done`, and the number of its barriers."""
+            slot = lax.rem(done, SLOTS)
+            return slot, slot + SLOTS * lax.rem(lax.div(done, steps), 2)
+
         @pl.when(warpgroup == 2)
         def _copy():
             plgpu.set_max_registers(40, action="decrease")
@@ -49,35 +57,39 @@ def matmul(a: Float[Array, "M K"], b: Float[Array, "K N"], *, interpret: Any = F
             @pl.loop(0, mine)
             def _(i):
                 rows, columns = place(i)
-                ring = lax.rem(i, 2)
 
                 @pl.loop(0, steps)
                 def _(k):
-                    done = lax.div(i, 2) * steps + k  # steps that this ring has had before
-                    slot = ring * SLOTS + lax.rem(done, SLOTS)
+                    done = i * steps + k
+                    slot, barrier = slot_of(done)
 
                     @pl.when(done >= SLOTS)
                     def _():
-                        plgpu.barrier_wait(free.at[slot])
+                        plgpu.barrier_wait(free.at[slot_of(done - SLOTS)[1]])
 
                     ks = pl.ds(k * STEP, STEP)
-                    plgpu.copy_gmem_to_smem(a_gmem.at[rows, ks], a_smem.at[slot], arrived.at[slot])
-                    plgpu.copy_gmem_to_smem(
-                        b_gmem.at[ks, columns], b_smem.at[slot], arrived.at[slot]
-                    )
+                    here = arrived.at[barrier]
+                    plgpu.copy_gmem_to_smem(a_gmem.at[rows, ks], a_smem.at[slot], here)
+                    plgpu.copy_gmem_to_smem(b_gmem.at[ks, columns], b_smem.at[slot], here)
 
             # The last releases are waited for too: this warpgroup may not leave before the others.
-            @pl.loop(0, 2 * SLOTS)
-            def _(slot):
-                of_this_ring = lax.div(mine + 1 - lax.div(slot, SLOTS), 2) * steps
-
-                @pl.when(lax.rem(slot, SLOTS) < of_this_ring)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
+            @pl.loop(lax.max(0, mine * steps - SLOTS), mine * steps)
+            def _(done):
+                plgpu.barrier_wait(free.at[slot_of(done)[1]])
 
         @pl.when(warpgroup < 2)
         def _multiply():
             plgpu.set_max_registers(232, action="increase")
+
+            def begin(acc, done):
+                slot, barrier = slot_of(done)
+                plgpu.barrier_wait(arrived.at[barrier])
+                plgpu.wgmma(acc, a_smem.at[slot], b_smem.at[slot])
+
+            def release(done):
+                slot, barrier = slot_of(done)
+                reads_end(a_smem.at[slot], b_smem.at[slot], interpret=interpret)
+                plgpu.barrier_arrive(free.at[barrier])
 
             @pl.loop(0, lax.div(mine - warpgroup + 1, 2))
             def _(j):
@@ -89,19 +101,20 @@ def matmul(a: Float[Array, "M K"], b: Float[Array, "K N"], *, interpret: Any = F
                     plgpu.barrier_wait(turn.at[warpgroup])
 
                 def hold(acc):
-                    @pl.loop(0, steps)
+                    begin(acc, i * steps)
+
+                    @pl.loop(1, steps)
                     def _(k):
-                        slot = warpgroup * SLOTS + lax.rem(j * steps + k, SLOTS)
-                        plgpu.barrier_wait(arrived.at[slot])
-                        products = Products(acc, interpret=interpret)
-                        products.add(a_smem.at[slot], b_smem.at[slot])
-                        products.wait()
-                        plgpu.barrier_arrive(free.at[slot])
+                        begin(acc, i * steps + k)
+                        plgpu.wgmma_wait(1)
+                        release(i * steps + k - 1)
 
                     @pl.when(i + 1 < mine)
                     def _():
                         plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
+                    plgpu.wgmma_wait(0)
+                    release((i + 1) * steps - 1)
                     return sums(acc)
 
                 acc = pl.run_scoped(hold, _compat.Accumulator((TILE, TILE), jnp.float32))
@@ -113,8 +126,8 @@ def matmul(a: Float[Array, "M K"], b: Float[Array, "K N"], *, interpret: Any = F
         kernel,
         out_type=jax.ShapeDtypeStruct((M, N), a.dtype),
         scratch_types=[
-            plgpu.SMEM((2 * SLOTS, TILE, STEP), a.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((2 * SLOTS, STEP, TILE), a.dtype, transforms=SWIZZLED),
+            plgpu.SMEM((SLOTS, TILE, STEP), a.dtype, transforms=SWIZZLED),
+            plgpu.SMEM((SLOTS, STEP, TILE), a.dtype, transforms=SWIZZLED),
             plgpu.SMEM((2, 2, PIECE, PIECE), a.dtype, transforms=SWIZZLED),
             plgpu.Barrier(num_arrivals=2, num_barriers=2 * SLOTS),
             plgpu.Barrier(num_arrivals=1, num_barriers=2 * SLOTS),
