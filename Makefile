@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 # Compiled programs are kept between runs of the tests and of the tour.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
@@ -21,6 +22,7 @@ $(VENV)/.test: $(VENV)/.made
 $(VENV)/.torch: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
+	test "$$(uname)" != Linux || $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TRITON)'
 	touch $@
 $(VENV)/.docs: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
@@ -32,7 +34,7 @@ tour: $(VENV)/.made   ## the stack, bottom to top, on this machine; ends in tour
 test: $(VENV)/.test   ## the tests, on eight emulated CPU devices
 	$(BIN)/python -m pytest -n auto -m 'not live and not network' $(ARGS)
 
-parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, and with real weights
+parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, compile Triton, and use real weights
 	$(BIN)/python -m pytest -n 2 -m 'live or network' $(ARGS)
 
 check: $(VENV)/.test  ## format, lint, types, layers, tables

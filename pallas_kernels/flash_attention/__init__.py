@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.flash_attention import chunked, cudnn, reference
+from pallas_kernels.flash_attention import chunked, cudnn, reference, triton
 
 __all__ = ["IMPLEMENTATIONS", "attention", "supported"]
 
-IMPLEMENTATIONS = ("cudnn", "chunked", "reference")
+IMPLEMENTATIONS = ("cudnn", "triton", "chunked", "reference")
 DENSE_LIMIT = 2048  # queries; above it the reference's [T, S] matrix is never built by choice
+_FUSED: dict[str, Any] = {"cudnn": cudnn, "triton": triton}  # in the order of preference
+_FEW_QUERIES = 64  # no more than these leave most of a fused kernel's blocks idle
 
 _log = logging.getLogger(__name__)
 
@@ -33,16 +35,18 @@ def supported(
     window: int | Array | None = None,
     segment_ids: object | None = None,
     soft_cap: float | None = None,
+    scale: float | None = None,
     q_offset: int | Array | None = None,
     sinks: object | None = None,
+    deterministic: bool = False,
     platform: str | None = None,
 ) -> str | None:
     """Why `implementation` cannot take a call with these shapes, or None if it can."""
     if implementation not in IMPLEMENTATIONS:
         return f"no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
-    if implementation != "cudnn":
+    if implementation not in _FUSED:
         return None
-    return cudnn.refusal(
+    return _FUSED[implementation].refusal(
         platform=platform or jax.default_backend(),
         dtype=dtype,
         T=q_shape[1],
@@ -52,8 +56,10 @@ def supported(
         window=window,
         segments=segment_ids is not None,
         soft_cap=soft_cap,
+        scale=scale,
         offset=q_offset is not None,
         sinks=sinks is not None,
+        deterministic=deterministic,
     )
 
 
@@ -70,6 +76,7 @@ def attention(
     q_offset: int | Int[Array, " B"] | None = None,
     sinks: Float[Array, " N"] | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> Any:
     """softmax(scale q k^T) v [B, T, N, H]; N query heads share K key heads, N a multiple of K.
@@ -84,7 +91,8 @@ def attention(
       q_offset: position of query 0 among the keys, one for all rows or one a row.
       sinks: one more logit a head that takes weight and has no value (arXiv 2309.17453; gpt-oss).
       return_lse: return (output, float32 log-sum-exp [B, N, T]).
-      implementation: one of IMPLEMENTATIONS, or None to choose.
+      deterministic: gradients are the same bits in every run.
+      implementation: one of IMPLEMENTATIONS, or None to choose. "triton" takes no `jax.vmap`.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that refuses.
@@ -92,26 +100,34 @@ def attention(
     _check(q, k, v, sinks)
     if segment_ids is not None and not isinstance(segment_ids, tuple):
         segment_ids = (segment_ids, segment_ids)
-    asked = {"causal": causal, "window": window, "segment_ids": segment_ids,
-             "soft_cap": soft_cap, "q_offset": q_offset, "sinks": sinks}  # fmt: skip
-    reason = supported(implementation or "cudnn", q.shape, k.shape, q.dtype, **asked)
+    masks: dict[str, Any] = {"causal": causal, "window": window, "segment_ids": segment_ids,
+                             "soft_cap": soft_cap, "scale": scale, "sinks": sinks}  # fmt: skip
+    asked = masks | {"q_offset": q_offset, "deterministic": deterministic}
     if implementation is None:
-        implementation = (
-            "cudnn" if reason is None else "chunked" if q.shape[1] > DENSE_LIMIT else "reference"
-        )
-        _log.debug("attention %s: %s (%s)", q.shape, implementation, reason or "fastest here")
-    elif reason is not None:
+        implementation = _choose(q, k, asked)
+    elif reason := supported(implementation, q.shape, k.shape, q.dtype, **asked):
         raise ValueError(f"attention(implementation={implementation!r}): {reason}")
     if implementation == "cudnn":
-        assert window is None or isinstance(window, int)
         out, lse = cudnn.attention(q, k, v, causal=causal, window=window, scale=scale)
     else:
-        run = chunked.attention if implementation == "chunked" else reference.attention
-        out, lse = run(
-            q, k, v, causal=causal, window=window, segment_ids=segment_ids, soft_cap=soft_cap,
-            scale=scale, q_offset=0 if q_offset is None else jnp.asarray(q_offset), sinks=sinks,
-        )  # fmt: skip
+        run = {"triton": triton, "chunked": chunked, "reference": reference}[implementation]
+        offset = 0 if q_offset is None else jnp.asarray(q_offset)
+        out, lse = run.attention(q, k, v, q_offset=offset, **masks)
     return (out, lse) if return_lse else out
+
+
+def _choose(q: Array, k: Array, asked: dict[str, Any]) -> str:
+    """The first fused implementation that takes the call, or one in plain XLA."""
+    T, reasons = q.shape[1], []
+    for name in _FUSED if T > _FEW_QUERIES else ("cudnn",):
+        reason = supported(name, q.shape, k.shape, q.dtype, **asked)
+        if reason is None:
+            break
+        reasons.append(f"{name}: {reason}")
+    else:
+        name = "chunked" if T > DENSE_LIMIT else "reference"
+    _log.debug("attention %s: %s (%s)", q.shape, name, "; ".join(reasons) or "fastest here")
+    return name
 
 
 def _check(q: Array, k: Array, v: Array, sinks: Array | None) -> None:

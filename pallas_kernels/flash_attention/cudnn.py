@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,7 +15,7 @@ def attention(
     v: Float[Array, "B S K H"],
     *,
     causal: bool = False,
-    window: int | None = None,
+    window: Any = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """The reference's result by `jax.nn.dot_product_attention(implementation="cudnn")`."""
@@ -43,6 +45,8 @@ def refusal(
     soft_cap: float | None,
     offset: bool,
     sinks: bool,
+    deterministic: bool,
+    **_others,
 ) -> str | None:
     """Why cuDNN cannot take this call, or None if it can."""
     if platform not in ("gpu", "cuda"):
@@ -55,6 +59,8 @@ def refusal(
         return "cuDNN's path takes no segment ids"
     if soft_cap is not None:
         return "cuDNN's path takes no soft cap"
+    if deterministic:
+        return "cuDNN's path does not promise the same bits in every run"
     if sinks:
         return "cuDNN's path takes no sinks"
     if offset or T != S:
