@@ -1,7 +1,7 @@
 """Renders the ledger into the tables of README.md and of the documentation.
 
 A table stands between `<!-- ledger -->` and `<!-- /ledger -->`, each on a line of its own: all
-entries, or with `<!-- ledger:NAME -->` those that NAME matches (`decode-*`).
+entries, or with `<!-- ledger:NAMES -->` those that one of NAMES matches (`decode-*,train-*`).
 
     python -m benchmarks.tables            # writes what stands between the markers
     python -m benchmarks.tables --check    # exits with 1 where they differ
@@ -60,11 +60,12 @@ def _number(value: float) -> str:
 def render(text: str, entries: list[Entry], link: bool = True) -> str:
     """`text` with the ledger's tables between its markers.
 
-    Raises UserError for a marker that is not closed or whose NAME matches no entry.
+    Raises UserError for a marker that is not closed or whose NAMES match no entry.
     """
 
     def table(match: re.Match) -> str:
-        chosen = [e for e in entries if match[2] is None or fnmatchcase(e.name, match[2])]
+        names = (match[2] or "*").split(",")
+        chosen = [e for e in entries if any(fnmatchcase(e.name, name) for name in names)]
         if match[2] and not chosen:
             raise UserError(f"{match[1].strip()}: the ledger has no such entry; measure it first")
         body = _HEAD + "".join(row(entry, link) for entry in chosen) if chosen else ""

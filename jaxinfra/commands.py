@@ -139,3 +139,33 @@ def tour(
     from jaxinfra.tour import run
 
     sys.exit(run(out, quick=quick, only=only))
+
+
+def kernels(
+    action: Positional[Literal["bench", "tune", "explain"]],
+    kernel: Positional[str] = "matmul",
+    /,
+    *,
+    shapes: tuple[tuple[int, int, int], ...] = (),
+    out: Path | None = None,
+) -> None:
+    """Measures the kernels beside XLA, tunes their schedules, or explains one.
+
+    Args:
+      action: bench and tune need a Hopper GPU; explain needs none.
+      kernel: matmul, or for explain a step of its ladder (matmul.ping_pong).
+      shapes: M N K of what to tune; by default those that bench measures.
+      out: bench: a folder for the ledger's entries; tune: the file of schedules, by default the
+        installed one, which `matmul` reads.
+    """
+    from jaxinfra.kernels import explain, matmul_bench, matmul_tune
+    from pallas_kernels.matmul.configs import TUNED
+
+    if action == "explain":
+        explain.explain(kernel)
+    elif kernel != "matmul":
+        raise UserError(f"kernels {action}: no kernel {kernel!r}; there is matmul")
+    elif action == "bench":
+        matmul_bench.bench(out)
+    else:
+        matmul_tune.tune(shapes, out or TUNED)

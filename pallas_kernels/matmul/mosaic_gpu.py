@@ -8,7 +8,8 @@ multiplies while the other stores. The blocks of a cluster make tiles one below 
 their common columns of b once, for all.
 
 The copy engine reads zeros beyond the edges of a and b and writes nothing beyond those of the
-output, so no shape needs padding; it only needs rows of a multiple of 16 bytes.
+output, so no size need be a multiple of a tile's. It moves pieces of 8 rows of 64 elements, and its
+view of an array has whole ones: `matmul` pads an array that has not.
 
 Cost: 2 M N K FLOPs; a is read N / tile_n times and b M / (tile_m cluster) times, from the L2 cache
 where bands of `band` tiles keep them there.

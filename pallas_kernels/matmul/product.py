@@ -81,7 +81,9 @@ def matmul(
         implementation = "mosaic_gpu"
     elif implementation is None:
         plain = all(x is None for x in (scale, bias, residual, epilogue.activation))
-        implementation = _choose(rows, N, a, plain)
+        K = a.shape[-2 if transpose_a else -1]
+        alone = a3.shape[0] == 1 and not transpose_a and not transpose_b
+        implementation = _choose(rows, a.dtype, plain, (rows, N, K) if alone else None)
     elif reason := supported(implementation, a.dtype):
         raise ValueError(f"matmul(implementation={implementation!r}): {reason}")
     call = _Call(
@@ -121,11 +123,15 @@ def _check(
     return M, N, n
 
 
-def _choose(rows: int, N: int, a: Array, plain: bool) -> str:
-    reason = supported("mosaic_gpu", a.dtype)
-    if reason is None and plain and rows > configs.FEW_ROWS:
-        reason = "XLA is as fast without an epilogue"
-    _log.debug("matmul %s x %d: %s", a.shape, N, reason or "mosaic_gpu")
+def _choose(rows: int, dtype: Any, plain: bool, shape: tuple[int, int, int] | None) -> str:
+    reason = supported("mosaic_gpu", dtype)
+    if reason is None and plain:
+        row = configs.tuned(jax.devices()[0].device_kind).get(shape) if shape else None
+        if row is not None and row["xla_tflops"] >= row["tflops"]:
+            reason = f"XLA measured {row['xla_tflops']} TFLOP/s, it {row['tflops']}"
+        elif row is None and rows > configs.FEW_ROWS:
+            reason = "without an epilogue XLA is as fast"
+    _log.debug("matmul %s: %s", shape or f"of {rows} rows", reason or "mosaic_gpu")
     return "mosaic_gpu" if reason is None else "xla"
 
 
@@ -269,7 +275,14 @@ def _mosaic(call: _Call, a, b, scale, bias, residual):
     if config is None:
         batch, blocks = max(a.shape[0], b.shape[0]), _compat.multiprocessors(call.interpret)
         pairs = call.activation == "swiglu"
-        config = configs.choose(M, N, K, batch, blocks, pairs=pairs)
+        row = None
+        if batch == 1 and not (pairs or call.transpose_a or call.transpose_b or call.interpret):
+            row = configs.tuned(jax.devices()[0].device_kind).get((M, N, K))
+        config = (
+            mosaic_gpu.Config(**row["config"])
+            if row
+            else configs.choose(M, N, K, batch, blocks, pairs=pairs)
+        )
     out = mosaic_gpu.matmul(
         a, b, scale, bias, residual, config=config, activation=call.activation,
         transpose_a=call.transpose_a, transpose_b=call.transpose_b, interpret=call.interpret,

@@ -1,0 +1,1 @@
+"""The command `jaxinfra kernels`: measures, tunes and explains what `pallas_kernels` has."""
