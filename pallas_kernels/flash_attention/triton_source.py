@@ -13,8 +13,9 @@ values fit the L2 cache. Softmax is in base 2 with the scale folded into one mul
 Algorithm: arXiv 2307.08691.
 """
 
-# A type checker takes this folder's triton.py for the package; Python does not.
-# pyright: reportAttributeAccessIssue=false
+# A type checker takes this folder's triton.py for the package, which Python does not, and cannot
+# see what a function that Triton compiles returns.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 
