@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target makes. PYTHON picks the interpreter, VENV the folder.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_TPU ?= .venv-tpu
 BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
@@ -8,7 +9,7 @@ TRITON ?= triton==3.6.0
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
-.PHONY: help tour test parity check bench tables docs clean
+.PHONY: help tour test parity chips check bench tables docs clean
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
@@ -24,6 +25,10 @@ $(VENV)/.torch: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
 	test "$$(uname)" != Linux || $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TRITON)'
 	touch $@
+$(VENV_TPU)/.made: pyproject.toml
+	test -x $(VENV_TPU)/bin/python || $(PYTHON) -m venv $(VENV_TPU)
+	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,tpu]'
+	touch $@
 $(VENV)/.docs: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
@@ -32,10 +37,13 @@ tour: $(VENV)/.made   ## the stack, bottom to top, on this machine; ends in tour
 	$(BIN)/jaxinfra tour
 
 test: $(VENV)/.test   ## the tests, on eight emulated CPU devices
-	$(BIN)/python -m pytest -n auto -m 'not live and not network' $(ARGS)
+	$(BIN)/python -m pytest -n auto -m 'not live and not network and not chips' $(ARGS)
 
 parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, compile Triton, and use real weights
 	$(BIN)/python -m pytest -n 2 -m 'live or network' $(ARGS)
+
+chips: $(VENV_TPU)/.made   ## compiles the TPU kernels for a v5e, a v5p and a v6e that are not here (libtpu, 700 MB)
+	$(VENV_TPU)/bin/python -m pytest -n 2 -m chips tests/pallas_kernels $(ARGS)
 
 check: $(VENV)/.test  ## format, lint, types, layers, tables
 	$(BIN)/ruff format --check .
@@ -55,4 +63,4 @@ docs: $(VENV)/.docs   ## the documentation, into docs/_build/html
 	@echo docs/_build/html/index.html
 
 clean:           ## removes the environment, caches and what was built
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis docs/_build tour-report.html
+	rm -rf $(VENV) $(VENV_TPU) .cache .pytest_cache .ruff_cache .hypothesis docs/_build tour-report.html

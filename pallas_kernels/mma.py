@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from pallas_kernels import _compat
 
 
 class Products:
@@ -50,3 +53,32 @@ def sums(acc: Any) -> Float[Array, "m n"]:
     move arithmetic before it; the barrier ties them.
     """
     return lax.optimization_barrier(acc[...])
+
+
+def product_with_transposed(a: Any, b: Any, *, interpret: Any) -> Float[Array, "m n"]:
+    """a @ b^T, waited for; a [m, k] and b [n, k] lie in shared memory."""
+    if interpret:  # jax 0.10 interprets no transposed reference
+        product = jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32).T)
+        plgpu.commit_smem()
+        return product
+
+    def run(acc):
+        plgpu.wgmma(acc, a, b.T)
+        return sums(acc)
+
+    return pl.run_scoped(run, _compat.Accumulator((a.shape[0], b.shape[0]), jnp.float32))
+
+
+def add_product(
+    values: Float[Array, "m n"], a: Float[Array, "m k"], b: Any, *, interpret: Any
+) -> Float[Array, "m n"]:
+    """values + a @ b, waited for; a in registers, b [k, n] in shared memory.
+
+    No interpreter takes such an a: interpreted, the product is one of values.
+    """
+    if interpret:
+        product = jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+        plgpu.commit_smem()
+        return values + product
+    run = pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))
+    return lax.optimization_barrier(run(_compat.Accumulator.init(values)))

@@ -10,16 +10,26 @@ import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.flash_attention import chunked, cudnn, reference, triton
+from pallas_kernels.flash_attention import (
+    chunked,
+    cudnn,
+    mosaic_gpu,
+    mosaic_tpu,
+    reference,
+    triton,
+)
 
 __all__ = ["IMPLEMENTATIONS", "attention", "supported"]
 
-IMPLEMENTATIONS = ("cudnn", "triton", "chunked", "reference")
+IMPLEMENTATIONS = ("cudnn", "mosaic_gpu", "mosaic_tpu", "triton", "chunked", "reference")
 DENSE_LIMIT = 2048  # queries; above it the reference's [T, S] matrix is never built by choice
-_FUSED: dict[str, Any] = {"cudnn": cudnn, "triton": triton}  # in the order of preference
+_BACKENDS: dict[str, Any] = {
+    "cudnn": cudnn, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "triton": triton,
+    "chunked": chunked, "reference": reference,
+}  # fmt: skip
+_CHOSEN = ("cudnn", "mosaic_tpu", "triton")  # in this order, before plain XLA
 _FEW_QUERIES = 64  # no more than these leave most of a fused kernel's blocks idle
 
 _log = logging.getLogger(__name__)
@@ -44,9 +54,9 @@ def supported(
     """Why `implementation` cannot take a call with these shapes, or None if it can."""
     if implementation not in IMPLEMENTATIONS:
         return f"no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
-    if implementation not in _FUSED:
+    if implementation in ("chunked", "reference"):
         return None
-    return _FUSED[implementation].refusal(
+    return _BACKENDS[implementation].refusal(
         platform=platform or jax.default_backend(),
         dtype=dtype,
         T=q_shape[1],
@@ -92,7 +102,8 @@ def attention(
       sinks: one more logit a head that takes weight and has no value (arXiv 2309.17453; gpt-oss).
       return_lse: return (output, float32 log-sum-exp [B, N, T]).
       deterministic: gradients are the same bits in every run.
-      implementation: one of IMPLEMENTATIONS, or None to choose. "triton" takes no `jax.vmap`.
+      implementation: one of IMPLEMENTATIONS, or None to choose. "mosaic_gpu" has no gradient yet;
+        it and "triton" take no `jax.vmap`.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that refuses.
@@ -110,17 +121,18 @@ def attention(
     if implementation == "cudnn":
         out, lse = cudnn.attention(q, k, v, causal=causal, window=window, scale=scale)
     else:
-        run = {"triton": triton, "chunked": chunked, "reference": reference}[implementation]
-        offset = 0 if q_offset is None else jnp.asarray(q_offset)
-        out, lse = run.attention(q, k, v, q_offset=offset, **masks)
+        offset = 0 if q_offset is None else q_offset
+        out, lse = _BACKENDS[implementation].attention(q, k, v, q_offset=offset, **masks)
     return (out, lse) if return_lse else out
 
 
 def _choose(q: Array, k: Array, asked: dict[str, Any]) -> str:
     """The first fused implementation that takes the call, or one in plain XLA."""
     T, reasons = q.shape[1], []
-    for name in _FUSED if T > _FEW_QUERIES else ("cudnn",):
+    for name in _CHOSEN if T > _FEW_QUERIES else ("cudnn",):
         reason = supported(name, q.shape, k.shape, q.dtype, **asked)
+        if reason is None and name != "cudnn" and jax.device_count() > 1:
+            reason = "XLA does not partition it; ask for it inside shard_map"
         if reason is None:
             break
         reasons.append(f"{name}: {reason}")

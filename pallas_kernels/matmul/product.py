@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import _compat
-from pallas_kernels.matmul import configs, mosaic_gpu
+from pallas_kernels.matmul import configs, mosaic_gpu, mosaic_tpu, triton
 from pallas_kernels.matmul.epilogue import BLOCK, Epilogue, activate
 
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "triton", "xla")
 _log = logging.getLogger(__name__)
 
 
@@ -26,6 +26,9 @@ def supported(implementation: str, dtype: Any, *, platform: str | None = None) -
     if implementation == "xla":
         return None
     platform = platform or jax.default_backend()
+    if implementation != "mosaic_gpu":
+        backend = mosaic_tpu if implementation == "mosaic_tpu" else triton
+        return backend.refusal(platform=platform, dtype=dtype)
     if platform not in ("gpu", "cuda"):
         return f"Mosaic GPU needs an NVIDIA Hopper GPU, and arrays are on {platform}"
     if (capability := _compat.compute_capability()) not in (None, "9.0"):
@@ -213,16 +216,10 @@ def _run(call: _Call) -> Any:
     def run(a, b, scale, bias, residual):
         if call.implementation == "mosaic_gpu":
             return _mosaic(call, a, b, scale, bias, residual)
-        left, right = "zkm" if call.transpose_a else "zmk", "znk" if call.transpose_b else "zkn"
-        shared = 1 if b.shape[0] != a.shape[0] else 0  # einsum takes no length of 1 for all
-        if shared and b.shape[0] == 1:
-            b, right = b[0], right[1:]
-        elif shared:
-            a, left = a[0], left[1:]
-        out = jnp.einsum(
-            f"{left},{right}->zmn", a, b,
-            precision=call.precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        if call.implementation == "xla":
+            out = _einsum(call, a, b)
+        else:
+            out = _each(call, a, b).astype(jnp.float32)
         if scale is not None:
             out = out * scale[:, :, None]
         if bias is not None:
@@ -255,6 +252,28 @@ def _run(call: _Call) -> Any:
         return out.reshape(size, -1, *out.shape[1:]), True
 
     return batched
+
+
+def _einsum(call: _Call, a: Array, b: Array) -> Array:
+    left, right = "zkm" if call.transpose_a else "zmk", "znk" if call.transpose_b else "zkn"
+    if b.shape[0] != a.shape[0]:  # einsum takes no length of 1 for all
+        if b.shape[0] == 1:
+            b, right = b[0], right[1:]
+        else:
+            a, left = a[0], left[1:]
+    return jnp.einsum(
+        f"{left},{right}->zmn", a, b,
+        precision=call.precision, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _each(call: _Call, a: Array, b: Array) -> Array:
+    """One product after the other, by a kernel of plain matrices."""
+    multiply = (mosaic_tpu if call.implementation == "mosaic_tpu" else triton).matmul
+    a = jnp.swapaxes(a, 1, 2) if call.transpose_a else a
+    b = jnp.swapaxes(b, 1, 2) if call.transpose_b else b
+    batch = max(a.shape[0], b.shape[0])
+    return jnp.stack([multiply(a[z % a.shape[0]], b[z % b.shape[0]]) for z in range(batch)])
 
 
 def _mosaic(call: _Call, a, b, scale, bias, residual):

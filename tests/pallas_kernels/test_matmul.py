@@ -124,7 +124,12 @@ def test_sixteen_bits_are_rounded_once():
         ((4, 8), (8, 60), {"activation": "swiglu"}, "swiglu wants pairs of 64"),
         ((4, 8), (8, 4), {"bias": (5,)}, r"bias\(5,\); want \(4,\)"),
         ((4, 8), (8, 4), {"residual": (4, 5)}, r"residual\(4, 5\); want \(4, 4\)"),
-        ((4, 8), (8, 4), {"implementation": "cutlass"}, "there are mosaic_gpu, xla"),
+        (
+            (4, 8),
+            (8, 4),
+            {"implementation": "cutlass"},
+            "there are mosaic_gpu, mosaic_tpu, triton, xla",
+        ),
         ((4, 8), (8, 4), {"implementation": "mosaic_gpu"}, "arrays are on cpu"),
     ],
 )
