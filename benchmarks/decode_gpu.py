@@ -117,7 +117,8 @@ def record(rates: dict[str, list[float]], first: dict) -> None:
         roof=f"{bandwidth / 1e12:.2f} TB/s of copy bandwidth measured in this run",
         inputs=f"random weights, {PROMPT} random prompt tokens, {NEW_TOKENS} new, cache of 1,024",
         mislead="small models are bound by launches, not by bandwidth; random weights choose the "
-        "same work as real ones, but no stop token ends an answer",
+        "same work as real ones, but no stop token ends an answer; the roof is a copy of this run, "
+        "less than the memory's speed on paper",
         environment=environment(),
     )
     print({name: [round(rate) for rate in values] for name, values in rates.items()})

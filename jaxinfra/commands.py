@@ -116,6 +116,8 @@ def generate(
 
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise UserError("generate: no prompt; give one, or pipe one in")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

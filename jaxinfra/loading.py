@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxinfra.errors import UserError
 from jaxinfra.model import transformer
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
@@ -28,8 +30,32 @@ class Model:
     tokenizer: Tokenizer
 
     def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T V"]:
-        """Float32 logits; `options` are those of `jaxinfra.model.transformer.hidden`."""
-        return _forward(self.params, self.config, jnp.asarray(tokens), **options)
+        """Float32 logits; `options` are those of `jaxinfra.model.transformer.hidden`.
+
+        Raises UserError for what is not whole numbers [B, T]; ids that are not jax's are also held
+        to the vocabulary.
+        """
+        return _forward(self.params, self.config, self._tokens(tokens), **options)
+
+    def _tokens(self, tokens: Any) -> Array:
+        if isinstance(tokens, jax.Array):
+            shape, whole = tokens.shape, jnp.issubdtype(tokens.dtype, jnp.integer)
+        else:
+            try:
+                tokens = np.asarray(tokens)
+            except ValueError:
+                raise UserError("tokens: rows of different lengths; pad them to one") from None
+            shape, whole = tokens.shape, np.issubdtype(tokens.dtype, np.integer)
+        if len(shape) != 2 or not whole or 0 in shape:
+            raise UserError(
+                f"tokens: {tokens.dtype}{list(shape)}; give rows of token ids [B, T], such as "
+                "model([model.tokenizer.encode(text)])"
+            )
+        if isinstance(tokens, np.ndarray) and not 0 <= tokens.min() <= tokens.max() < (
+            size := self.config.vocab_size
+        ):
+            raise UserError(f"tokens: ids from {tokens.min()} to {tokens.max()}; {size=}")
+        return jnp.asarray(tokens)
 
 
 def load(

@@ -296,6 +296,8 @@ def _compiled(function: Callable, args: tuple, donate: str, **static: Any) -> ja
 
 
 def _check(prompts: Sequence[Sequence[int]], config: ModelConfig, max_new_tokens: int) -> None:
+    if any(isinstance(prompt, str) or not isinstance(prompt, Sequence) for prompt in prompts):
+        raise UserError("prompts: give lists of token ids, such as [model.tokenizer.encode(text)]")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("prompts: give at least one, each of one token or more")
     for i, prompt in enumerate(prompts):

@@ -73,7 +73,9 @@ def examine() -> Doctor:
         try:
             return find()
         except Exception as error:
-            troubles.append(f"{what}: {type(error).__name__}: {error}")
+            asked = os.environ.get("JAX_PLATFORMS")
+            why = f"{type(error).__name__}: {error}".rstrip(": ")
+            troubles.append(f"{what}: {why}" + (f" (JAX_PLATFORMS={asked})" if asked else ""))
             return otherwise
 
     devices = attempt("devices", _devices, ())
@@ -111,7 +113,9 @@ def render(doctor: Doctor) -> RenderableType:
         parts.append(Text(doctor.lessons))
     else:
         found = [(x.name, ", ".join(x.needs), x.runs, x.reason) for x in doctor.lessons]
-        parts.append(_table("Lessons", ("lesson", "needs", "runs", ""), found))
+        parts.append(
+            _table("Lessons (docs/lessons)", ("lesson", "needs", "runs", "because"), found)
+        )
     parts += [Text(f"could not find out {trouble}", "red") for trouble in doctor.troubles]
     return Group(*parts)
 

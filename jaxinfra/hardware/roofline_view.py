@@ -44,7 +44,7 @@ def render_table(report: RooflineReport) -> Table:
     table.add_column("operation", no_wrap=True)
     for name in ("FLOPs", "bytes", "FLOPs/B", "time", "share"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("bound")
+    table.add_column("bound", no_wrap=True)
     if report.ceiling:
         table.add_column("time here", justify="right")
     for phase in report.phases:

@@ -144,6 +144,8 @@ class _Run:
             restored = self.checkpoints.restore(like)
             if restored is None:
                 raise UserError(f"{self.out}: holds no checkpoint to resume from; begin anew")
+            if (step := int(restored.step)) > self.config.steps:
+                raise UserError(f"{self.out}: is at step {step}; give --steps {step} or more")
             return restored
         return jax.jit(create, donate_argnums=0)(make_params())
 

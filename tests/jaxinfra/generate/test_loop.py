@@ -148,7 +148,8 @@ def test_too_long_says_the_numbers():
 @pytest.mark.parametrize(
     ("prompts", "count", "says"),
     [([], 1, "at least one"), ([[]], 1, "at least one"), ([[97]], 1, "vocab_size=97"),
-     ([[-1]], 1, "vocab_size=97"), ([[1]], 0, "max_new_tokens=0")],
+     ([[-1]], 1, "vocab_size=97"), ([[1]], 0, "max_new_tokens=0"),
+     (["hi"], 1, "lists of token ids"), ([1, 2], 1, "lists of token ids")],
 )  # fmt: skip
 def test_bad_requests(prompts, count, says):
     config, _, decode_params = setup()

@@ -29,6 +29,21 @@ def model(template: str | None = PLAIN) -> Model:
     return Model(config, cases.params(config), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([1, 2], r"int64\[2\]; give rows"),
+        ([[1], [1, 2]], "rows of different lengths"),
+        ("hello", "give rows of token ids"),
+        ([[0.5]], "float64"),
+        ([[320]], "ids from 320 to 320; size=320"),
+    ],
+)
+def test_what_are_no_tokens_is_said(tokens, says):
+    with pytest.raises(UserError, match=says):
+        model()(tokens)
+
+
 @functools.cache
 def unstacked():
     return kv.unstack(model().params, model().config)

@@ -154,6 +154,8 @@ def test_the_device_has_a_step_to_do_while_metrics_are_fetched(tmp_path, monkeyp
 def test_another_run_is_neither_overwritten_nor_mixed_up(tmp_path, whole):
     with pytest.raises(UserError, match=r"holds a run; add --resume .* another --out"):
         run(settings(tmp_path, "whole"))
+    with pytest.raises(UserError, match=r"is at step \d+; give --steps \d+ or more"):
+        run(settings(tmp_path, "whole", resume=True, steps=1))
     with pytest.raises(UserError, match=r"other: holds no run to resume"):
         run(settings(tmp_path, "other", resume=True))
     thesis = tmp_path / "project" / "model" / "thesis.txt"

@@ -85,6 +85,8 @@ def _edit(path, old, new):
     [
         (_nothing, "model: no such file or folder; `jaxinfra pull NAME`"),
         (_empty, "model: no model here"),
+        (lambda p: (p / "model").mkdir(parents=True), "a run's model is in .*model/model"),
+        (lambda p: (p / "checkpoints").mkdir(parents=True), "jaxinfra train --resume"),
         (_text, "model: not a .gguf file"),
         (_two_files, "holds 2 .gguf files; give one"),
         (_config_only, "holds neither model.safetensors nor"),

