@@ -26,8 +26,8 @@ class Model:
     """A configuration, its parameters and its tokenizer; call it on tokens for logits."""
 
     config: ModelConfig
-    params: Params
-    tokenizer: Tokenizer
+    params: Params = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
 
     def __call__(self, tokens: Int[Array, "B T"], **options: Any) -> Float[Array, "B T V"]:
         """Float32 logits; `options` are those of `jaxinfra.model.transformer.hidden`.

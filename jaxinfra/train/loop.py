@@ -56,9 +56,9 @@ class Result:
     """What a run leaves: the state after its last step, its rows of metrics, its model folder."""
 
     model_config: ModelConfig
-    state: TrainState
-    tokenizer: Tokenizer
-    rows: list[dict[str, Any]]
+    state: TrainState = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    rows: list[dict[str, Any]] = dataclasses.field(repr=False)
     model: Path | None  # for `jaxinfra.load`; None when the run was stopped before its end
 
 
