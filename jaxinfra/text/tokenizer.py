@@ -152,15 +152,18 @@ class Tokenizer:
     def check(self, config: ModelConfig) -> None:
         """Raises UserError when this tokenizer does not belong to the model.
 
-        Ids must be rows of its embedding, and at least half of the rows must have an id. Published
-        models fill up to a round number and stay far above (Qwen 3: 151,669 of 151,936); the
+        Ids of its vocabulary must be rows of the embedding, and at least half of the rows must have
+        an id. Tokens added to the vocabulary may lie beyond: Gemma 3's has one for images that the
+        text models have no row for, and `generate` refuses a prompt that names it. Published models
+        fill up to a round number and stay far above the half (Qwen 3: 151,669 of 151,936); the
         vocabulary of another model often is far below. Ids of bos and eos say less: some models
         name others in config.json than in their tokenizer (DeepSeek's distillations of Qwen). A
         vocabulary of bytes is let through, as a model of any size may be trained on it.
         """
         size, rows = self.vocab_size, config.vocab_size
-        if size > rows:
-            fault = f"ids up to {size - 1} do not fit"
+        own = self.backend.get_vocab_size(with_added_tokens=False)
+        if own > rows:
+            fault = f"ids up to {own - 1} do not fit"
         elif _BYTE_VOCABULARY < size < rows / 2:
             fault = f"its {size:,} ids are less than half of"
         else:

@@ -360,6 +360,15 @@ def test_a_vocabulary_beyond_the_models_is_refused():
         tokenizer.check(SimpleNamespace(vocab_size=319))  # pyright: ignore[reportArgumentType]
 
 
+def test_a_token_added_beyond_the_models_rows_is_let_through():
+    backend = Backend(models.WordLevel({str(i): i for i in range(10)}, "0"))
+    backend.add_special_tokens(["<image>"])
+    tokenizer = Tokenizer(backend)
+    tokenizer.check(SimpleNamespace(vocab_size=10))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=r"ids up to 9 .*vocab_size=9"):
+        tokenizer.check(SimpleNamespace(vocab_size=9))  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize(
     "ids, rows, fits",
     [
