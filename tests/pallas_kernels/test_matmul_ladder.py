@@ -34,9 +34,12 @@ def error(found, a, b):
     return np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=newer if name == "multicast" else ()) for name in STEPS]
+    ("name", "dtype"),
+    [
+        *(pytest.param(n, jnp.bfloat16, marks=newer if n == "multicast" else ()) for n in STEPS),
+        ("ping_pong", jnp.float16),
+    ],
 )
 def test_a_step_gives_the_product_and_does_not_race(name, dtype):
     a, b = inputs(*SHAPES.get(name, (256, 256, 320)), dtype)
