@@ -28,12 +28,9 @@ ACTIVATIONS = {
 class Epilogue:
     """activation(scale * (a @ b) + bias) + residual; what is None is left out.
 
-    Fields:
-      scale: a scalar.
-      bias: [N], one a column.
-      activation: a key of ACTIVATIONS, or "swiglu": columns are gate and up in turns of 64 (see
-        `interleave`), and the output has N / 2 columns, silu(gate) * up.
-      residual: the output's shape and dtype.
+    scale is a scalar, bias [N] has one number a column, residual has the output's shape and dtype.
+    activation is a key of ACTIVATIONS, or "swiglu": columns are gate and up in turns of 64 (see
+    `interleave`), and the output has N / 2 columns, silu(gate) times up.
     """
 
     scale: Any = None

@@ -57,8 +57,8 @@ def matmul(
     Args:
       a, b: one float dtype. b has a's batch axes or none.
       epilogue: scale, bias, activation and residual; see `Epilogue`. The product alone if None.
-      transpose_a: a lies in memory as [*batch, K, M]; no copy is made.
-      transpose_b: b lies in memory as [*batch, N, K] or [N, K].
+      transpose_a: a lies in memory as [..., K, M]; no copy is made.
+      transpose_b: b lies in memory as [..., N, K].
       precision: of float32 operands, as in `jax.lax.dot`.
       implementation: one of IMPLEMENTATIONS, or None to choose: "mosaic_gpu" on Hopper where it
         measured faster (an epilogue to fuse, or 64 rows and fewer), else "xla".
