@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from jaxinfra.errors import UserError
-from jaxinfra.train.config import TrainConfig
 
 
 def doctor() -> None:
@@ -69,13 +68,6 @@ def pull(name: Positional[str], /, *, offline: bool = False) -> None:
     from jaxinfra.weights.pull import pull as fetch
 
     print(fetch(name, offline=offline))
-
-
-def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
-    """Trains a model on one device; Ctrl-C saves, --resume goes on to the bit."""
-    from jaxinfra.train.loop import train as run
-
-    run(config)
 
 
 def generate(
@@ -155,19 +147,21 @@ def kernels(
 
     Args:
       action: bench and tune need a Hopper GPU; explain needs none.
-      kernel: matmul, or for explain a step of its ladder (matmul.ping_pong).
+      kernel: matmul or attention, or for explain a step of a ladder (matmul.ping_pong).
       shapes: M N K of what to tune; by default those that bench measures.
       out: bench: a folder for the ledger's entries; tune: the file of schedules, by default the
         installed one, which `matmul` reads.
     """
-    from jaxinfra.kernels import explain, matmul_bench, matmul_tune
+    from jaxinfra.kernels import attention_bench, explain, matmul_bench, matmul_tune
     from pallas_kernels.matmul.configs import TUNED
 
     if action == "explain":
         explain.explain(kernel)
-    elif kernel != "matmul":
-        raise UserError(f"kernels {action}: no kernel {kernel!r}; there is matmul")
+    elif kernel not in ("matmul", "attention"):
+        raise UserError(f"kernels {action}: no kernel {kernel!r}; there are matmul, attention")
     elif action == "bench":
-        matmul_bench.bench(out)
+        (matmul_bench if kernel == "matmul" else attention_bench).bench(out)
+    elif kernel == "attention":
+        raise UserError("kernels tune: attention's schedules are fixed by the head width")
     else:
         matmul_tune.tune(shapes, out or TUNED)

@@ -76,8 +76,7 @@ def load(
     """
     path = pull(str(name), offline=offline)
     config, params = load_weights(path, dtype, sharding)
-    gguf = [path] if path.is_file() else list(path.glob("*.gguf"))
-    tokenizer = Tokenizer.from_gguf(gguf[0]) if gguf else Tokenizer.from_folder(path)
+    tokenizer = Tokenizer.from_path(path)
     tokenizer.check(config)
     return Model(config, params, tokenizer)
 

@@ -6,10 +6,12 @@ the interpreter is public and lowering by warpgroups is the default.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
 Accumulator: Any = plgpu.WGMMAAccumulatorRef
@@ -19,6 +21,7 @@ _OLD = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10
 # jax 0.10 interprets no cluster's barriers, takes no notice of stores that are not committed, and
 # may wait for ever where a copy overtakes a reader.
 WHOLE_INTERPRETER = not _OLD
+MUTABLE_UNDER_CUSTOM_VMAP = not _OLD  # a function with its own batching may make mutable arrays
 
 
 def interpret_params() -> Any:
@@ -45,6 +48,34 @@ def compiler_params(**options: Any) -> Any:
     """Compiler parameters with layouts inferred for whole warpgroups, in every version."""
     semantics = plgpu.LoweringSemantics.Warpgroup
     return plgpu.CompilerParams(lowering_semantics=semantics, **options)
+
+
+def kernel(
+    body: Any,
+    *,
+    out_type: Any,
+    scratch_types: Any,
+    compiler_params: Any,
+    interpret: Any,
+    **mesh: Any,
+) -> Any:
+    """`plgpu.kernel` that also takes mutable arrays, which the kernel changes in place.
+
+    That one does from jax 0.12 on: before, the rule that batches it stands in the way.
+    """
+
+    def scoped(*refs):
+        inner = functools.partial(body, *refs)
+        pl.run_scoped(inner, *scratch_types, collective_axes=mesh["thread_name"])
+
+    return pl.kernel(
+        scoped,
+        out_type=out_type,
+        mesh=plgpu.Mesh(**mesh),
+        compiler_params=compiler_params,
+        interpret=interpret,
+        name=body.__name__,
+    )
 
 
 def load_plainly(ref: Any, interpret: Any) -> Any:

@@ -18,6 +18,7 @@ _RACES = (
     "RACE DETECTED",
     "did not observe all phases",
     "completed again before previous completion was observed",
+    "but no threads observed phase",
 )
 
 

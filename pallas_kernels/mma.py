@@ -12,6 +12,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import _compat
 
+# Registers a thread, by how many warpgroups multiply: of the one that copies, and of each of these.
+# A block that asks for more than there are waits for ever.
+REGISTERS = {1: (24, 240), 2: (24, 240), 3: (32, 160)}
+
 
 class Products:
     """Products into one accumulator that the tensor cores work on while the warpgroup goes on."""
@@ -53,6 +57,17 @@ def sums(acc: Any) -> Float[Array, "m n"]:
     move arithmetic before it; the barrier ties them.
     """
     return lax.optimization_barrier(acc[...])
+
+
+def laid_out(values: Float[Array, "m n"], *rows: Float[Array, " m"], interpret: Any) -> tuple:
+    """Values as the tensor cores hold sums, and numbers a row beside them: a loop's first."""
+    if interpret:
+        return values, *rows
+    of_rows = plgpu.Layout.WGMMA.reduce(1)
+    return (
+        plgpu.layout_cast(values, plgpu.Layout.WGMMA),
+        *(plgpu.layout_cast(row, of_rows) for row in rows),
+    )
 
 
 def product_with_transposed(a: Any, b: Any, *, interpret: Any) -> Float[Array, "m n"]:

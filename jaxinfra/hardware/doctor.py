@@ -128,11 +128,8 @@ def attention_choices(platform: str) -> list[Choice]:
 
     def choice(name: str, T: int, S: int, dtype: Any, **options: Any) -> Choice:
         q, k = (1, T, 16, 128), (1, S, 8, 128)
-        refused = fa.supported("cudnn", q, k, dtype, causal=True, platform=platform, **options)
-        if refused is None:
-            return Choice(f"attention, {name}", "cudnn", "fastest here")
-        taken = "chunked" if fa.DENSE_LIMIT < T else "reference"
-        return Choice(f"attention, {name}", taken, f"not cudnn: {refused}")
+        taken, why = fa.choose(q, k, dtype, causal=True, platform=platform, **options)
+        return Choice(f"attention, {name}", taken, why)
 
     return [
         choice("4,096 tokens, bfloat16", 4096, 4096, jnp.bfloat16),

@@ -8,21 +8,40 @@ import inspect
 from jaxinfra.errors import UserError
 from jaxinfra.hardware.chips import find
 from jaxinfra.kernels.matmul_shapes import SHAPES
+from pallas_kernels.flash_attention import mosaic_gpu as attention
+from pallas_kernels.flash_attention import mosaic_gpu_backward
+from pallas_kernels.flash_attention.ladder import STEPS as ATTENTION_STEPS
+from pallas_kernels.flash_attention.mosaic_gpu_config import (
+    CONFIGS,
+    FUSED_CONFIGS,
+    KEY_CONFIGS,
+    QUERY_CONFIGS,
+)
 from pallas_kernels.matmul import configs, mosaic_gpu
 from pallas_kernels.matmul.ladder import STEPS
 from pallas_kernels.matmul.mosaic_gpu import SHARED_MEMORY
 
-NAMES = ("matmul", *(f"matmul.{step}" for step in STEPS))
+LADDERS = {"attention": "pallas_kernels.flash_attention.ladder",
+           "matmul": "pallas_kernels.matmul.ladder"}  # fmt: skip
+NAMES = (
+    *LADDERS, *(f"attention.{step}" for step in ATTENTION_STEPS), *(f"matmul.{x}" for x in STEPS)
+)  # fmt: skip
 
 
 def explain(name: str) -> None:
     """Prints what the module says of its schedule; for the product, the choice for every shape."""
     if name not in NAMES:
         raise UserError(f"kernels explain: no kernel {name!r}; there are {', '.join(NAMES)}")
-    if name != "matmul":
-        step = importlib.import_module(f"pallas_kernels.matmul.ladder.{name.partition('.')[2]}")
-        print(inspect.getdoc(step))
-        return
+    kernel, _, step = name.partition(".")
+    if step:
+        print(inspect.getdoc(importlib.import_module(f"{LADDERS[kernel]}.{step}")))
+    elif kernel == "attention":
+        _attention()
+    else:
+        _matmul()
+
+
+def _matmul() -> None:
     print(inspect.getdoc(mosaic_gpu))
     chip = find("H200")
     peak = chip.flops["bfloat16"]
@@ -38,3 +57,19 @@ def explain(name: str) -> None:
         bound = "computing" if intensity > peak / chip.bandwidth else "memory"
         print(f"{M} x {N} x {K}: {intensity:.0f} FLOPs a byte, bound by {bound}")
         print(f"    {configs.describe(config)}")
+
+
+def _attention() -> None:
+    for module in (attention, mosaic_gpu_backward):
+        print(inspect.getdoc(module), end="\n\n")
+    kernels = (
+        ("output", CONFIGS), ("all gradients", FUSED_CONFIGS), ("gradient of q", QUERY_CONFIGS),
+        ("gradients of k and v", KEY_CONFIGS),
+    )  # fmt: skip
+    for H in CONFIGS:
+        print(f"heads of {H}:")
+        for what, configs_of in kernels:
+            if config := configs_of.get(H):
+                used = config.shared_memory(H)
+                print(f"    {what}: {config.warpgroups} warpgroups multiply, {used:,} of "
+                      f"{SHARED_MEMORY:,} bytes of shared memory")  # fmt: skip

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import threading
 import time as _time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -105,32 +106,35 @@ def _no_persistent_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-class _Count:
+class _Count(threading.local):
     compiles = 0
+
+
+_count = _Count()
 
 
 @functools.cache
 def _listen() -> None:
     def on_duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _BACKEND_COMPILE:
-            _Count.compiles += 1
+            _count.compiles += 1
 
     jax.monitoring.register_event_duration_secs_listener(on_duration)
 
 
 @contextlib.contextmanager
 def compiles() -> Iterator[Callable[[], int]]:
-    """Counts programs compiled, or read from the persistent cache, inside the block.
+    """Counts programs that this thread compiles, or reads from the persistent cache, in the block.
 
     `with compiles() as count: ...; count()`; the count stands still after the block. Making an
     array compiles too (`jnp.ones`): build inputs before.
     """
     _listen()
-    start, end = _Count.compiles, None
+    start, end = _count.compiles, None
     try:
-        yield lambda: (_Count.compiles if end is None else end) - start
+        yield lambda: (_count.compiles if end is None else end) - start
     finally:
-        end = _Count.compiles
+        end = _count.compiles
 
 
 def time(

@@ -16,6 +16,8 @@ the loop.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -24,7 +26,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxinfra.errors import UserError
-from jaxinfra.model import rope
+from jaxinfra.model import quantized, rope
 from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import MLP, Attention, Layer, Leaf, Params
@@ -76,13 +78,12 @@ def unstack(params: Params, config: ModelConfig) -> DecodeParams:
     """The same parameters, one layer apart from the other and with projections merged."""
 
     def attn(a: Attention) -> FusedAttention:
-        D = a.q.shape[0]
         bias = None
         if a.q_bias is not None:
             bias = jnp.concatenate([b.reshape(-1) for b in (a.q_bias, a.k_bias, a.v_bias)])
         return FusedAttention(
-            qkv=jnp.concatenate([w.reshape(D, -1).T for w in (a.q, a.k, a.v)]),
-            o=a.o.reshape(-1, D).T,
+            qkv=_merge([a.q, a.k, a.v], inputs=1),
+            o=_merge([a.o], inputs=2),
             qkv_bias=bias,
             q_norm=a.q_norm,
             k_norm=a.k_norm,
@@ -92,15 +93,22 @@ def unstack(params: Params, config: ModelConfig) -> DecodeParams:
         layer = jax.tree.map(lambda a: a[i], params.layers)
         mlp = layer.mlp
         if isinstance(mlp, MLP):
-            mlp = FusedMLP(jnp.concatenate([mlp.gate.T, mlp.up.T]), mlp.down.T)
+            mlp = FusedMLP(_merge([mlp.gate, mlp.up], inputs=1), _merge([mlp.down], inputs=1))
         return layer.replace(attn=attn(layer.attn), mlp=mlp)
 
     return DecodeParams(
         embed=params.embed,
         layers=tuple(one(i) for i in range(config.num_layers)),
         final_norm=params.final_norm,
-        unembed=params.embed if params.unembed is None else params.unembed.T,
+        unembed=params.embed if params.unembed is None else _merge([params.unembed], inputs=1),
     )
+
+
+def _merge(weights: Sequence[Leaf], inputs: int) -> Leaf:
+    """Weights whose first `inputs` axes are the same inputs, as one matrix [out, in]."""
+    if quantized.is_quantized(weights[0]):
+        return quantized.for_decoding(quantized.concatenate(weights))
+    return jnp.concatenate([w.reshape(math.prod(w.shape[:inputs]), -1).T for w in weights])
 
 
 def along_memory() -> bool:
@@ -112,10 +120,14 @@ def along_memory() -> bool:
 
 
 def project(
-    x: Float[Array, "B T i"], w: Float[Array, "o i"], dtype: Any = None
+    x: Float[Array, "B T i"],
+    w: Float[Array, "o i"] | quantized.QuantizedMatrix,
+    dtype: Any = None,
 ) -> Float[Array, "B T o"]:
     """x times the transpose of w; sums in float32, result in `dtype` or x's."""
     dtype = dtype or x.dtype
+    if isinstance(w, quantized.QuantizedMatrix):
+        return quantized.product(x, w, dtype)
     if x.shape[0] * x.shape[1] > 1 or not along_memory():
         return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=dtype)
     return jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=-1)[None].astype(dtype)
@@ -177,7 +189,7 @@ def extend(
         window = config.window(i)
         cos_sin = ropes[-1] if window is not None else ropes[0]
         h = model.norm(x, layer.attn_norm, config)
-        q, k, v = _queries_keys_values(cast(FusedAttention, layer.attn), h, config, cos_sin)
+        q, k, v = queries_keys_values(cast(FusedAttention, layer.attn), h, config, cos_sin)
         keys.append(write(cache.k[i], k, cache.length))
         values.append(write(cache.v[i], v, cache.length))
         if fresh:
@@ -186,7 +198,7 @@ def extend(
             out = attend(q, keys[-1], values[-1], cache.length, window, config)
         out = project(out.reshape(B, T, -1), cast(FusedAttention, layer.attn).o)
         x = model.residual(x, out, layer.post_attn_norm, config)
-        out = _feed_forward(layer, model.norm(x, layer.mlp_norm, config), config)
+        out = feed_forward(layer, model.norm(x, layer.mlp_norm, config), config)
         x = model.residual(x, out, layer.post_mlp_norm, config)
     grown = cache.length + (T if lengths is None else lengths)
     return model.norm(x, params.final_norm, config), Cache(tuple(keys), tuple(values), grown)
@@ -199,7 +211,7 @@ def head(
     return model.cap_logits(project(x, params.unembed, jnp.float32), config)
 
 
-def _queries_keys_values(
+def queries_keys_values(
     attn: FusedAttention, x: Array, config: ModelConfig, cos_sin: tuple[Array, Array]
 ) -> list[Array]:
     """Queries and keys, normed and rotated together in as few operations as can be, and values."""
@@ -216,7 +228,8 @@ def _queries_keys_values(
     return [*jnp.split(qk, [N], axis=2), v]
 
 
-def _feed_forward(layer: Layer, x: Array, config: ModelConfig) -> Array:
+def feed_forward(layer: Layer, x: Float[Array, "B T D"], config: ModelConfig) -> Array:
+    """The feed-forward [B,T,D] of a layer of `DecodeParams`."""
     if not isinstance(layer.mlp, FusedMLP):
         return model.feed_forward(layer, x, config)[0]
     gate, up = jnp.split(project(x, layer.mlp.gate_up), 2, axis=-1)

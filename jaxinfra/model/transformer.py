@@ -19,8 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxinfra.errors import UserError
-from jaxinfra.model import moe, rope
+from jaxinfra.model import moe, quantized, rope
 from jaxinfra.model.config import ModelConfig
+from jaxinfra.model.low_rank import product
 from jaxinfra.model.params import Attention, Layer, MoE, Params
 from pallas_kernels.flash_attention import attention
 
@@ -49,9 +50,9 @@ def activation(config: ModelConfig) -> Callable[[Array], Array]:
 
 def project_qkv(attn: Attention, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
     """Queries [B,T,N,H], keys and values [B,T,K,H] before norms and rotation."""
-    q = jnp.einsum("btd,dnh->btnh", x, attn.q)
-    k = jnp.einsum("btd,dkh->btkh", x, attn.k)
-    v = jnp.einsum("btd,dkh->btkh", x, attn.v)
+    q = product("btd,dnh->btnh", x, attn.q)
+    k = product("btd,dkh->btkh", x, attn.k)
+    v = product("btd,dkh->btkh", x, attn.v)
     if attn.q_bias is not None:
         q, k, v = q + attn.q_bias, k + attn.k_bias, v + attn.v_bias
     return q, k, v
@@ -73,9 +74,9 @@ def feed_forward(
     if isinstance(layer.mlp, MoE):
         assert config.experts is not None
         return moe.feed_forward(layer.mlp, x, config.experts, activation(config), real)
-    gate = checkpoint_name(jnp.einsum("btd,df->btf", x, layer.mlp.gate), "matmul")
-    up = checkpoint_name(jnp.einsum("btd,df->btf", x, layer.mlp.up), "matmul")
-    return jnp.einsum("btf,fd->btd", activation(config)(gate) * up, layer.mlp.down), None
+    gate = checkpoint_name(product("btd,df->btf", x, layer.mlp.gate), "matmul")
+    up = checkpoint_name(product("btd,df->btf", x, layer.mlp.up), "matmul")
+    return product("btf,fd->btd", activation(config)(gate) * up, layer.mlp.down), None
 
 
 def residual(x: Array, out: Array, post_norm: Array | None, config: ModelConfig) -> Array:
@@ -115,7 +116,9 @@ _look_up.defvjp(_look_up_forward, _look_up_backward)
 
 def unembedding(params: Params) -> Float[Array, "D V"]:
     """The matrix of the language-model head."""
-    return params.embed.T if params.unembed is None else params.unembed
+    if params.unembed is None:
+        return params.embed.T
+    return quantized.dense(params.unembed, params.embed.dtype)
 
 
 def head(params: Params, config: ModelConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -179,7 +182,7 @@ def hidden(
         return *rotate_qk(layer.attn, q, k, config, cos_sin), v
 
     def after(x: Array, out: Array, layer: Layer) -> tuple[Array, moe.Balance | None]:
-        out = checkpoint_name(jnp.einsum("btnh,nhd->btd", out, layer.attn.o), "matmul")
+        out = checkpoint_name(product("btnh,nhd->btd", out, layer.attn.o), "matmul")
         x = residual(x, out, layer.post_attn_norm, config)
         out, balance = feed_forward(layer, norm(x, layer.mlp_norm, config), config, real)
         return residual(x, out, layer.post_mlp_norm, config), balance
@@ -193,6 +196,7 @@ def hidden(
 
     def block(x: Array, scanned: tuple[Layer, Any]) -> tuple[Array, moe.Balance | None]:
         layer, window = scanned
+        layer = quantized.dense(layer, x.dtype)
         cos_sin, window = _of_layer(config, ropes, window)
         q, k, v = before(x, layer, cos_sin)
         out = attention(

@@ -40,6 +40,13 @@ class Tokenizer:
     chat_template: str | None = None
 
     @classmethod
+    def from_path(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a .gguf file, or of a folder with one or with a tokenizer.json."""
+        path = Path(path)
+        gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+        return cls.from_gguf(gguf[0]) if gguf else cls.from_folder(path)
+
+    @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """Reads `tokenizer.json` and what lies beside it in the folder `path`.
 

@@ -1,30 +1,23 @@
-"""The training run: data, step, evaluation, samples, checkpoints, metrics, and a clean end.
+"""The training run on text: data, step, evaluation, samples and the model at its end.
 
-The device always has a step to do: batches are made two ahead in another thread, and the metrics of
-a step are fetched when the next one but one has been handed over. Ctrl-C and SIGTERM end the step,
-save and say how to go on; a resumed run gives the bits of one that was never stopped.
+What every run has, whatever it trains, is `jaxinfra.train.run`.
 
     python -m jaxinfra train --data stdlib --steps 300
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxinfra.errors import UserError
 from jaxinfra.generate import Sampling, generate
@@ -39,15 +32,14 @@ from jaxinfra.text.tokenizer import Tokenizer
 from jaxinfra.train.checkpoint import Checkpoints
 from jaxinfra.train.config import TrainConfig
 from jaxinfra.train.data import Data, open_data
-from jaxinfra.train.metrics import Meter, MetricsLog, read_metrics
+from jaxinfra.train.metrics import Meter, read_metrics
 from jaxinfra.train.optimizer import make_optimizer, schedule
-from jaxinfra.train.signals import stop_asked
+from jaxinfra.train.run import Run, dtype_of, due
 from jaxinfra.train.step import TrainState, make_evaluation, make_step
 from jaxinfra.train.tokens import fingerprint
 from jaxinfra.weights import safetensors
 from jaxinfra.weights.pull import pull
 
-_AHEAD = 2  # batches ready, and steps handed over to the device and not looked at yet
 _SAMPLE_TOKENS = 96
 
 
@@ -79,15 +71,13 @@ def train(
     return _Run(config, console or Console(), on_row or (lambda row: None)).run()
 
 
-class _Run:
+class _Run(Run):
     """One run, taken apart into what is done once, every step, and now and then."""
 
     def __init__(self, config: TrainConfig, console: Console, on_row: Callable) -> None:
-        self.config, self.console, self.on_row = config, console, on_row
-        self.out = Path(config.out).expanduser()
-        self._check_place()
-        self.dtype = _dtype(config.dtype)
-        self.model_config, self.tokenizer, make_params = _model(config)
+        super().__init__(config, console, on_row)
+        self.dtype = dtype_of(config.dtype)
+        self.model_config, self.tokenizer, make_params = model_of(config)
         self.tokenizer.check(self.model_config)
         if config.seq_len > self.model_config.max_seq_len:
             raise UserError(
@@ -106,7 +96,6 @@ class _Run:
         how = {"steps": config.steps, "remat": config.remat, "unroll": config.unroll}
         self.checkpoints = Checkpoints(self.out / "checkpoints", about, config.keep, how)
         self.state = self._start(make_params)
-        self.first = int(self.state.step)
         options = {"dtype": self.dtype, "remat": config.remat, "unroll": config.unroll}
         self.step = make_step(
             self.model_config, self.optimizer, schedule(config.optimizer, config.steps),
@@ -118,20 +107,6 @@ class _Run:
             train_flops_per_token(self.model_config, config.seq_len),
             detect().flops.get(self.dtype.name),
         )
-        self.log = MetricsLog(self.out, self.first)
-        self.pending: collections.deque[tuple[int, dict]] = collections.deque()
-
-    def _check_place(self) -> None:
-        """A new run begins where there is none, nor a folder `model` that it would replace."""
-        run = next((self.out / "checkpoints").glob("[0-9]*"), None)
-        if self.config.resume:
-            if run is None:
-                raise UserError(f"{self.out}: holds no run to resume; leave --resume out")
-        elif run or (self.out / "model").exists():
-            what = "a run" if run else "a folder `model`, which this run would replace"
-            raise UserError(
-                f"{self.out}: holds {what}; add --resume to go on with a run, or give another --out"
-            )
 
     def _start(self, make_params: Callable[[], Params]) -> TrainState:
         create = functools.partial(TrainState.create, optimizer=self.optimizer)
@@ -141,38 +116,15 @@ class _Run:
             jax.eval_shape(create, P.abstract(self.model_config)),
         )
         if self.config.resume:
-            restored = self.checkpoints.restore(like)
-            if restored is None:
-                raise UserError(f"{self.out}: holds no checkpoint to resume from; begin anew")
-            if (step := int(restored.step)) > self.config.steps:
-                raise UserError(f"{self.out}: is at step {step}; give --steps {step} or more")
-            return restored
+            return self.restored(like)
         return jax.jit(create, donate_argnums=0)(make_params())
 
     def run(self) -> Result:
-        self._introduce()
-        try:
-            with stop_asked() as asked:
-                done = self._steps(asked)
-                self.checkpoints.finish()
-                if done not in self.checkpoints.steps():
-                    self.checkpoints.save(self.state)
-                self.checkpoints.finish()
-        finally:
-            self.checkpoints.close()
-            self.log.close()
-        model = self._export() if done >= self.config.steps else None
-        if model is None:
-            end = f"stopped after step {done} and saved; the same command with --resume goes on"
-        else:
-            end = f"the model is in {model}"
-        if skipped := int(self.state.skipped):
-            end = f"{skipped} of {done} steps were not finite and not applied; {end}"
-        self.console.print(end, highlight=False)
+        model = self.train()
         rows = read_metrics(self.out / "metrics.jsonl")
         return Result(self.model_config, self.state, self.tokenizer, rows, model)
 
-    def _introduce(self) -> None:
+    def introduce(self) -> None:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         row = f"{self.config.batch_size} x {self.config.seq_len} tokens a step"
         self.console.print(
@@ -181,50 +133,16 @@ class _Run:
             highlight=False,
         )
 
-    def _steps(self, asked: list[int]) -> int:
-        """Trains until the last step or until `asked` holds something; gives the steps done."""
-        first, last, done = self.first, self.config.steps, self.first
-        with _progress(self.console, first, last) as self.progress:
-            for done, batch in enumerate(_ahead(self.data, first, last), first + 1):
-                self.state, metrics = self.step(self.state, batch)
-                self.pending.append((done, metrics))
-                self._look(_AHEAD)
-                if more := self._now_and_then(done):
-                    self._look(0, more)
-                    self.meter.restart()
-                if done == first + 1:  # it was compiled in that time
-                    self._look(0)
-                    self.meter.restart()
-                if done % self.config.checkpoint_every == 0:
-                    self.checkpoints.save(self.state)
-                if asked:
-                    break
-            self._look(0)
-        return done
-
-    def _look(self, keep: int, more: dict[str, Any] | None = None) -> None:
-        """Fetches metrics of all steps handed over but the last `keep`; `more` is of the last."""
-        while len(self.pending) > keep:
-            step, metrics = self.pending.popleft()
-            row = {"step": step, **{k: v.item() for k, v in jax.device_get(metrics).items()}}
-            row["tokens"] = int(row["tokens"])
-            row |= self.meter.add(row["tokens"])
-            if more and not self.pending:
-                row |= more
-            self.log.write(row)
-            self.on_row(row)
-            self.progress(row)
-
-    def _now_and_then(self, done: int) -> dict[str, Any]:
-        """What is due after step `done` besides training: an evaluation, a sample."""
+    def now_and_then(self, done: int) -> dict[str, Any]:
+        """An evaluation, a sample."""
         more: dict[str, Any] = {}
-        if self.data.held_out and _due(done, self.config.eval_every, self.config.steps):
+        if self.data.held_out and due(done, self.config.eval_every, self.config.steps):
             batches = self.data.validation_batches(self.config.eval_batches)
             sums = jax.device_get([self.evaluate(self.state.params, batch) for batch in batches])
             more["validation_nll"] = float(sum(s for s, _ in sums) / sum(n for _, n in sums))
             line = f"step {done}: held-out loss {more['validation_nll']:.4f}"
             self.console.print(line, highlight=False)
-        if _due(done, self.config.sample_every, self.config.steps):
+        if due(done, self.config.sample_every, self.config.steps):
             more["sample"] = self._sample(done)
             self.console.print(f"step {done} writes:", style="bold", highlight=False)
             self.console.print(more["sample"], markup=False, highlight=False)
@@ -240,7 +158,7 @@ class _Run:
         )  # fmt: skip
         return self.tokenizer.decode([*self.prompt, *made.tokens[0]])
 
-    def _export(self) -> Path:
+    def export(self) -> Path:
         """Writes `out/model`, in place of an earlier one once it is whole."""
         model, new = self.out / "model", self.out / ".model.new"
         shutil.rmtree(new, ignore_errors=True)
@@ -252,7 +170,7 @@ class _Run:
         return model
 
 
-def _model(config: TrainConfig) -> tuple[ModelConfig, Tokenizer, Callable[[], Params]]:
+def model_of(config: TrainConfig) -> tuple[ModelConfig, Tokenizer, Callable[[], Params]]:
     """The shape, the tokenizer, and how to make the first parameters."""
     start = None if config.finetune is None else load(config.finetune)
     if config.tokenizer is not None:
@@ -290,45 +208,3 @@ def _about(
         "z_loss": config.z_loss,
         "dtype": dtype.name,
     }
-
-
-def _dtype(name: str) -> Any:
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def _due(done: int, every: int, last: int) -> bool:
-    return bool(every) and (done % every == 0 or done == last)
-
-
-def _ahead(data: Data, first: int, last: int) -> Iterator[dict[str, jax.Array]]:
-    """Batches first, ..., last - 1 on the device, made ahead of their use."""
-    with ThreadPoolExecutor(1) as pool:
-        made: collections.deque = collections.deque()
-        for step in range(first, last):
-            made.append(pool.submit(lambda step=step: jax.device_put(data.batch_at(step))))
-            if len(made) > _AHEAD:
-                yield made.popleft().result()
-        while made:
-            yield made.popleft().result()
-
-
-@contextlib.contextmanager
-def _progress(console: Console, first: int, last: int) -> Iterator[Callable[[dict], None]]:
-    """A bar that each row of metrics moves."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=last, completed=first, told="compiling")
-
-        def show(row: dict[str, Any]) -> None:
-            told = f"loss {row['loss']:.3f}"
-            if "tokens_per_s" in row:
-                told += f"  {row['tokens_per_s']:,.0f} tokens/s"
-            if "mfu" in row:
-                told += f"  {row['mfu']:.0%} MFU"
-            if row["skipped"]:
-                told += f"  {row['skipped']} skipped"
-            progress.update(task, completed=row["step"], told=told)
-
-        yield show

@@ -74,27 +74,41 @@ def make_step(
             )
             return {"loss": loss, **aux}, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-        metrics, grads = _accumulated(gradient, batch, accumulate)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updated = (optax.apply_updates(state.params, updates), opt_state)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
-        )
-        skipped = state.skipped + (~finite).astype(jnp.int32)
-        metrics |= {
-            "grad_norm": norm,
-            "lr": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
-            "tokens": count,
-            "skipped": skipped,
-        }
-        return TrainState(params, opt_state, state.step + 1, skipped), metrics
+        metrics, grads = accumulated(gradient, batch, accumulate)
+        state, metrics = applied(state, metrics, grads, optimizer, schedule)
+        return state, metrics | {"tokens": count}
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _accumulated(
+def applied(
+    state: TrainState,
+    metrics: Metrics,
+    grads: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, Metrics]:
+    """The state after an update by `grads`, or with its counters alone where something is nan.
+
+    Looks at metrics["loss"] and the gradient's norm; adds grad_norm, lr and skipped to the metrics.
+    """
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updated = (optax.apply_updates(state.params, updates), opt_state)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
+    )
+    skipped = state.skipped + (~finite).astype(jnp.int32)
+    metrics = metrics | {
+        "grad_norm": norm,
+        "lr": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
+        "skipped": skipped,
+    }
+    return TrainState(params, opt_state, state.step + 1, skipped), metrics
+
+
+def accumulated(
     gradient: Callable[[Batch], tuple[Metrics, Any]], batch: Batch, parts: int
 ) -> tuple[Metrics, Any]:
     """The sum of `gradient` over `parts` parts of the batch's rows."""

@@ -8,7 +8,7 @@ from typing import Any
 from jaxinfra.errors import UserError
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
-from jaxinfra.weights import gguf, safetensors
+from jaxinfra.weights import compressed, gguf, safetensors
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -27,7 +27,8 @@ def load_weights(path: str | Path, dtype: Any, sharding: Any = None) -> tuple[Mo
     """Configuration and parameters, in `dtype`, of the checkpoint `path`.
 
     `path` is a folder of config.json and safetensors, a .gguf file or a folder with exactly one, or
-    an Orbax folder of `jaxinfra.weights.orbax`. `sharding`: None for the default device, one
+    an Orbax folder of `jaxinfra.weights.orbax`; a quantised folder's matrices stay as they are
+    (`jaxinfra.weights.compressed`). `sharding`: None for the default device, one
     `jax.sharding.Sharding` for all arrays, or a tree of them like Params (`read_config` and
     `jaxinfra.model.params.abstract` tell its shapes). Raises UserError naming the file and the fix.
     """
@@ -39,6 +40,8 @@ def load_weights(path: str | Path, dtype: Any, sharding: Any = None) -> tuple[Mo
         from jaxinfra.weights import orbax
 
         return config, orbax.load(path, dtype, sharding)
+    if compressed.quantization(path):
+        return config, compressed.load(path, config, dtype, sharding)
     return config, safetensors.load(path, config, dtype, sharding)
 
 

@@ -185,14 +185,26 @@ def save(
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             name = name if len(shards) > 1 else "model.safetensors"
-            _write(new / name, shard, arrays)
+            write(new / name, shard, arrays)
             weight_map |= {tensor.name: name for tensor in shard}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (new / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write(file: Path, shard: list[Tensor], arrays: dict[str, Any]) -> None:
+def read(file: Path, tensors: list[Tensor], arrays: dict[str, np.ndarray]) -> None:
+    """Fills `arrays`, by their paths, with the tensors of one file, which has no others."""
+    stored = header(file)
+    for tensor in check(file, tensors, {name: s.shape for name, s in stored.items()}):
+        place = stored[tensor.name]
+        if place.dtype not in _DTYPES:
+            raise UserError(f"{file}: tensor {tensor.name} is of type {place.dtype}")
+        flat = np.fromfile(file, _DTYPES[place.dtype], math.prod(place.shape), offset=place.offset)
+        tensor.view(arrays[tensor.path])[...] = flat.reshape(place.shape)
+
+
+def write(file: Path, shard: list[Tensor], arrays: dict[str, Any]) -> None:
+    """One safetensors file of `arrays`, by their paths; tensors of one array stand together."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this
     end = 0
     for t in shard:

@@ -1,7 +1,7 @@
 """Attention with several implementations behind one function.
 
-`attention(...)` picks an implementation and says which in the debug log; `supported(...)` gives the
-reason why one refuses. `reference.py` is the specification.
+`attention(...)` picks an implementation, as `choose(...)` tells, and says which in the debug log;
+`supported(...)` gives the reason why one refuses. `reference.py` is the specification.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pallas_kernels.flash_attention import (
     triton,
 )
 
-__all__ = ["IMPLEMENTATIONS", "attention", "supported"]
+__all__ = ["IMPLEMENTATIONS", "attention", "choose", "supported"]
 
 IMPLEMENTATIONS = ("cudnn", "mosaic_gpu", "mosaic_tpu", "triton", "chunked", "reference")
 DENSE_LIMIT = 2048  # queries; above it the reference's [T, S] matrix is never built by choice
@@ -29,7 +29,7 @@ _BACKENDS: dict[str, Any] = {
     "cudnn": cudnn, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "triton": triton,
     "chunked": chunked, "reference": reference,
 }  # fmt: skip
-_CHOSEN = ("cudnn", "mosaic_tpu", "triton")  # in this order, before plain XLA
+_CHOSEN = ("mosaic_gpu", "cudnn", "mosaic_tpu", "triton")  # in this order, before plain XLA
 _FEW_QUERIES = 64  # no more than these leave most of a fused kernel's blocks idle
 
 _log = logging.getLogger(__name__)
@@ -102,8 +102,7 @@ def attention(
       sinks: one more logit a head that takes weight and has no value (arXiv 2309.17453; gpt-oss).
       return_lse: return (output, float32 log-sum-exp [B, N, T]).
       deterministic: gradients are the same bits in every run.
-      implementation: one of IMPLEMENTATIONS, or None to choose. "mosaic_gpu" has no gradient yet;
-        it and "triton" take no `jax.vmap`.
+      implementation: one of IMPLEMENTATIONS, or None to choose. "triton" takes no `jax.vmap`.
 
     Raises:
       ValueError: shapes that do not fit, or an implementation that refuses.
@@ -115,31 +114,36 @@ def attention(
                              "soft_cap": soft_cap, "scale": scale, "sinks": sinks}  # fmt: skip
     asked = masks | {"q_offset": q_offset, "deterministic": deterministic}
     if implementation is None:
-        implementation = _choose(q, k, asked)
+        implementation, why = choose(q.shape, k.shape, q.dtype, **asked)
+        _log.debug("attention %s: %s (%s)", q.shape, implementation, why)
     elif reason := supported(implementation, q.shape, k.shape, q.dtype, **asked):
         raise ValueError(f"attention(implementation={implementation!r}): {reason}")
     if implementation == "cudnn":
         out, lse = cudnn.attention(q, k, v, causal=causal, window=window, scale=scale)
     else:
         offset = 0 if q_offset is None else q_offset
+        if implementation == "mosaic_gpu":  # the others' gradients are the same bits in any case
+            masks["deterministic"] = deterministic
         out, lse = _BACKENDS[implementation].attention(q, k, v, q_offset=offset, **masks)
     return (out, lse) if return_lse else out
 
 
-def _choose(q: Array, k: Array, asked: dict[str, Any]) -> str:
-    """The first fused implementation that takes the call, or one in plain XLA."""
-    T, reasons = q.shape[1], []
+def choose(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype, **options: Any
+) -> tuple[str, str]:
+    """What `attention` takes for such a call, the options being `supported`'s, and why."""
+    T, reasons = q_shape[1], []
+    plain = "chunked" if T > DENSE_LIMIT else "reference"
+    if (options.get("platform") or jax.default_backend()) == "cpu":
+        return plain, "fused kernels need a GPU or a TPU"
     for name in _CHOSEN if T > _FEW_QUERIES else ("cudnn",):
-        reason = supported(name, q.shape, k.shape, q.dtype, **asked)
+        reason = supported(name, q_shape, k_shape, dtype, **options)
         if reason is None and name != "cudnn" and jax.device_count() > 1:
             reason = "XLA does not partition it; ask for it inside shard_map"
         if reason is None:
-            break
+            return name, "; ".join(reasons) or "fastest here"
         reasons.append(f"{name}: {reason}")
-    else:
-        name = "chunked" if T > DENSE_LIMIT else "reference"
-    _log.debug("attention %s: %s (%s)", q.shape, name, "; ".join(reasons) or "fastest here")
-    return name
+    return plain, "; ".join(reasons)
 
 
 def _check(q: Array, k: Array, v: Array, sinks: Array | None) -> None:

@@ -1,14 +1,12 @@
-"""Attention on Hopper by a Pallas Mosaic GPU kernel: the forward pass, warp-specialised.
+"""Attention on Hopper by Pallas Mosaic GPU kernels: the forward pass, warp-specialised.
 
 A block makes `warpgroups` x `block_q` rows of one head. One warpgroup copies blocks of keys and of
 values into a ring of slots each; the others multiply, queries from shared memory and weights from
-registers, and take turns: while one has the tensor cores, the other makes its softmax, in base 2
-with the scale folded into one multiply-add. Key blocks that every row sees in full take no mask;
+registers. While one makes its softmax, in base 2 with the scale folded into one multiply-add, the
+others have the tensor cores. Key blocks that every row sees in full take no mask;
 those that no row sees are never copied. Blocks run in sections of heads whose keys and values fit
-the L2 cache; under a causal mask the longest of a section start first.
-
-Interpreted without a race and lowered; not yet timed on a chip, so chosen only where it is asked
-for.
+the L2 cache; under a causal mask the longest of a section start first. Gradients are those of
+`mosaic_gpu_backward`.
 
 Cost: 4 H FLOPs for each visible pair of a query head and a key; keys and values are read once a
 block of rows, and nothing of size [T, S] is written. Algorithm: arXiv 2307.08691 and 2407.08608.
@@ -18,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -29,31 +26,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _compat
+from pallas_kernels.flash_attention.mosaic_gpu_backward import gradients
+from pallas_kernels.flash_attention.mosaic_gpu_config import CONFIGS, LOG2E, Config, Rule, sections
 from pallas_kernels.flash_attention.sight import Sight
 from pallas_kernels.matmul.tiles import SWIZZLED
-from pallas_kernels.mma import add_product, product_with_transposed
-
-LOG2E = math.log2(math.e)
-SECTION_BYTES = 32 * 2**20  # keys and values that stay in the L2 cache together
-SHARED_MEMORY = 232_448  # bytes that a block may have
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Rows a warpgroup (64), keys a block, slots of each ring, warpgroups that multiply (2)."""
-
-    block_q: int = 64
-    block_kv: int = 128
-    slots: int = 2
-    warpgroups: int = 2
-
-    def shared_memory(self, H: int) -> int:
-        """Bytes of queries, keys, values and log-sum-exps of a block."""
-        rows = self.warpgroups * self.block_q
-        return 2 * H * (rows + 2 * self.slots * self.block_kv) + 4 * rows
-
-
-CONFIGS = {64: Config(), 128: Config(), 256: Config(block_kv=64)}
+from pallas_kernels.mma import REGISTERS, add_product, laid_out, product_with_transposed
 
 
 def refusal(*, platform: str, dtype, H: int, scale: float | None = None, **_others) -> str | None:
@@ -87,10 +64,11 @@ def attention(
     scale: float | None = None,
     q_offset: int | Int[Array, " B"] | Int[Array, ""] = 0,
     sinks: Float[Array, " N"] | None = None,
+    deterministic: bool = False,
     config: Config | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """The reference's output and log-sum-exp; forward only, its gradient raises ValueError.
+    """The reference's output and log-sum-exp; differentiable in q, k, v and sinks.
 
     T and S that are not multiples of 8 are padded, at the cost of a copy.
 
@@ -113,8 +91,9 @@ def attention(
         extra["kv_segments"] = _up_to(segment_ids[1].astype(jnp.int32), config.block_kv)
     if sinks is not None:
         extra["sinks"] = sinks.astype(jnp.float32)
-    call = _Call(config, causal, soft_cap, H**-0.5 if scale is None else scale, S, interpret)
-    out, lse = _forward_only(call, _up_to(q, 8), _up_to(k, 8), _up_to(v, 8), extra)
+    factor = H**-0.5 if scale is None else scale
+    call = _Call(config, causal, soft_cap, factor, S, deterministic, interpret)
+    out, lse = _attention(call, _up_to(q, 8), _up_to(k, 8), _up_to(v, 8), extra)
     return out[:, :T], lse[:, :, :T]
 
 
@@ -131,23 +110,23 @@ class _Call:
     soft_cap: float | None
     scale: float
     S: int  # keys, without padding
+    deterministic: bool  # the gradients
     interpret: Any
 
 
-def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
+def _kernel(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
     c, interpret = call.config, call.interpret
     B, T, N, H = q.shape
     G = N // k.shape[2]
     rows, shape = c.warpgroups * c.block_q, (c.block_q, c.block_kv)
     tiles, heads = -(-T // rows), B * N
-    fit = max(1, SECTION_BYTES // (2 * k.shape[1] * H * k.dtype.itemsize))
-    section = math.gcd(heads, 2 ** int(math.log2(fit * G)))  # heads that run together
+    section = sections(heads, 2 * k.shape[1] * H * k.dtype.itemsize, G)
     names = list(extra)
 
     def kernel(*refs):
         q_gmem, k_gmem, v_gmem, *given = refs[: 3 + len(names)]
         out_gmem, lse_gmem, q_smem, k_smem, v_smem, lse_smem, *barriers = refs[3 + len(names) :]
-        q_here, k_here, v_here, k_free, v_free, turn = barriers
+        q_here, k_here, v_here, k_free, v_free = barriers
         of = dict(zip(names, given, strict=True))
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         part, place = lax.div(block, tiles * section), lax.rem(block, tiles * section)
@@ -167,7 +146,7 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array])
 
         @pl.when(warpgroup == c.warpgroups)
         def _copy():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(REGISTERS[c.warpgroups][0], action="decrease")
 
             @pl.loop(low, high)
             def _(j):
@@ -192,7 +171,7 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array])
 
         @pl.when(warpgroup < c.warpgroups)
         def _multiply():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[c.warpgroups][1], action="increase")
             first = tile * rows + warpgroup * c.block_q
             mine = q_smem.at[warpgroup]
             queries = (batch, pl.ds(first, c.block_q), n)
@@ -206,20 +185,11 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array])
 
             q_segments = segments("q_segments", first, c.block_q)
 
-            def in_turn(product):
-                """The tensor cores go round: who has used them wakes the next."""
-                plgpu.barrier_wait(turn.at[warpgroup])
-                result = product()
-                plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, c.warpgroups)])
-                return result
-
             def step(j, carry, masked):
                 acc, top, total = carry
                 slot = lax.rem(j - low, c.slots)
                 plgpu.barrier_wait(k_here.at[slot])
-                logits = in_turn(
-                    lambda: product_with_transposed(mine, k_smem.at[slot], interpret=interpret)
-                )
+                logits = product_with_transposed(mine, k_smem.at[slot], interpret=interpret)
                 plgpu.barrier_arrive(k_free.at[slot])
                 unit = call.scale * LOG2E
                 if call.soft_cap is not None:
@@ -241,32 +211,22 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array])
                     (acc, new, total, weights.astype(q.dtype))
                 )
                 plgpu.barrier_wait(v_here.at[slot])
-                acc = in_turn(
-                    lambda: add_product(acc, weights, v_smem.at[slot], interpret=interpret)
-                )
+                acc = add_product(acc, weights, v_smem.at[slot], interpret=interpret)
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, new, total
-
-            @pl.when(warpgroup == c.warpgroups - 1)
-            def _():
-                plgpu.barrier_arrive(turn.at[0])
 
             top, total = (jnp.full((c.block_q,), x, jnp.float32) for x in (-jnp.inf, 0.0))
             if "sinks" in of:
                 top = jnp.full_like(top, of["sinks"][n] * LOG2E)
                 total = jnp.where(top == -jnp.inf, 0.0, 1.0)
-            carry = (jnp.zeros((c.block_q, H), jnp.float32), top, total)
-            carry = carry if interpret else _laid_out(*carry)
+            acc = jnp.zeros((c.block_q, H), jnp.float32)
+            carry = laid_out(acc, top, total, interpret=interpret)
             begin, end = sight.whole(first, c.block_q, low, high)
             masked, plain = (functools.partial(step, masked=m) for m in (True, False))
             if "window" in of or sight.segmented:
                 carry = lax.fori_loop(low, begin, masked, carry)
             carry = lax.fori_loop(begin, end, plain, carry)
             acc, top, total = lax.fori_loop(end, high, masked, carry)
-
-            @pl.when(warpgroup == 0)
-            def _():
-                plgpu.barrier_wait(turn.at[0])
 
             seen = total > 0
             total = jnp.where(seen, total, 1.0)
@@ -286,11 +246,12 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array])
     def barriers(count, arrivals=1):
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
-    return plgpu.kernel(
+    out, lse = plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+            # A copy of one row that goes past its end would go on into the next row.
+            jax.ShapeDtypeStruct((B, N, tiles * rows), jnp.float32),
         ],
         scratch_types=[
             smem(c.warpgroups, c.block_q, H),
@@ -302,7 +263,6 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array])
             barriers(c.slots),
             barriers(c.slots, c.warpgroups),
             barriers(c.slots, c.warpgroups),
-            barriers(c.warpgroups),
         ],
         grid=(tiles * heads,),
         grid_names=("block",),
@@ -311,23 +271,55 @@ def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array])
         compiler_params=_compat.compiler_params(approx_math=True),
         interpret=interpret,
     )(q, k, v, *extra.values())
+    return out, lse[:, :, :T]
 
 
-def _laid_out(acc: Array, top: Array, total: Array) -> tuple[Array, Array, Array]:
-    """The loop's values as the tensor cores hold sums, and their rows."""
-    row = plgpu.Layout.WGMMA.reduce(1)
-    return (
-        plgpu.layout_cast(acc, plgpu.Layout.WGMMA),
-        plgpu.layout_cast(top, row),
-        plgpu.layout_cast(total, row),
-    )
+def _forward(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
+    return _over_batches(functools.partial(_kernel, call))(q, k, v, extra)
 
 
-def _no_gradient(call: _Call, q: Array, k: Array, v: Array, extra: dict[str, Array]) -> Any:
-    raise ValueError(
-        "attention(implementation='mosaic_gpu') has no gradient yet; take 'cudnn' or 'triton'"
-    )
+def _forward_for_gradient(call: _Call, q: Array, k: Array, v: Array, extra: Any) -> Any:
+    out, lse = _forward(call, q, k, v, extra)
+    return (out, lse), (q, k, v, out, lse, extra)
 
 
-_forward_only = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-_forward_only.defvjp(_no_gradient, lambda *_: ())
+def _gradients(call: _Call, kept: Any, cotangents: Any) -> Any:
+    *arrays, extra = kept
+    rule = Rule(call.causal, call.soft_cap, call.scale, call.S, call.interpret)
+    run = functools.partial(gradients, rule, call.deterministic)
+    of_arrays, of_sinks = _over_batches(run)(*arrays, *cotangents, extra)
+    return *of_arrays, dict.fromkeys(extra) | of_sinks
+
+
+def _over_batches(run: Any) -> Any:
+    """`run`, whose arrays lead with B, under `jax.vmap`: the mapped axis becomes part of B."""
+    batched = jax.custom_batching.custom_vmap(run)
+
+    @batched.def_vmap
+    def _(size, mapped, *operands):
+        arrays, tree = jax.tree.flatten(operands)
+        flags = jax.tree.leaves(mapped)
+        extra, of_extra = operands[-1], mapped[-1]
+        if "sinks" in extra or of_extra.get("window"):  # these do not lead with B
+
+            def one(i):
+                here = [x[i] if flag else x for x, flag in zip(arrays, flags, strict=True)]
+                return run(*jax.tree.unflatten(tree, here))
+
+            out = lax.map(one, jnp.arange(size))
+        else:
+
+            def fold(x, flag):
+                x = x if flag else jnp.broadcast_to(x, (size, *x.shape))
+                return x.reshape(-1, *x.shape[2:])
+
+            *folded, masks = jax.tree.unflatten(tree, list(map(fold, arrays, flags)))
+            masks |= {"window": extra["window"]} if "window" in extra else {}
+            out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), batched(*folded, masks))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return batched
+
+
+_attention = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+_attention.defvjp(_forward_for_gradient, _gradients)

@@ -78,7 +78,7 @@ def column_of(row: Array) -> Array:
 def spread(alike: Array, width: int) -> Array:
     """[rows, LANES], every lane alike, as [rows, width]: copies of registers, no lane is moved."""
     whole, rest = divmod(width, LANES)
-    parts = [alike] * whole + [alike[:, :rest]] * (rest > 0)
+    parts = [alike] * whole + ([alike[:, :rest]] if rest else [])
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 

@@ -10,6 +10,9 @@ from jaxtyping import Array
 # then read eight rows at once and no two from the same bank.
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
+# The same 128 bytes a row of 32-bit numbers.
+SWIZZLED_32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
 
 def swizzled(columns: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The same for tiles of 16-bit numbers with fewer than 64 columns: 16 or 32."""

@@ -42,6 +42,7 @@ def test_same_logits_and_gradients():
         np.testing.assert_allclose(got["weights"][name][...], leaf, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_trains_it():
     config = ModelConfig.from_hf(CONFIGS["llama"])
     model = Transformer(config, rngs=nnx.Rngs(0))

@@ -81,6 +81,7 @@ def _flip(file):
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip, lambda file: file.unlink()])
+@pytest.mark.slow
 def test_a_damaged_one_is_passed_over_with_a_warning(tmp_path, damage, caplog):
     states = saved(tmp_path)
     files = [path for path in (tmp_path / "2" / "state").rglob("d/*") if path.is_file()]

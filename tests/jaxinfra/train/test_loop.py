@@ -15,6 +15,7 @@ from rich.console import Console
 from jaxinfra.errors import UserError
 from jaxinfra.loading import load
 from jaxinfra.train import loop
+from jaxinfra.train import run as run_module
 from jaxinfra.train.config import OptimizerConfig, TrainConfig
 from jaxinfra.train.metrics import read_metrics
 from tests.jaxinfra.train.tiny import DENSE, equal_bits
@@ -80,6 +81,7 @@ def test_a_run_leaves_a_model_metrics_and_checkpoints(tmp_path, whole):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed_it_gives_the_bits_of_a_run_that_was_not(tmp_path, whole, number):
+    before = signal.getsignal(signal.SIGINT)
     stopped = run(settings(tmp_path), on_row=stop_at(2, number))
     done = int(stopped.state.step)
     assert stopped.model is None and 2 <= done < 8
@@ -87,7 +89,7 @@ def test_stopped_and_resumed_it_gives_the_bits_of_a_run_that_was_not(tmp_path, w
     resumed = run(settings(tmp_path, resume=True))
     assert equal_bits(resumed.state, whole.state)
     assert lasting(resumed.rows) == lasting(whole.rows)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 _SCRIPT = """
@@ -103,6 +105,7 @@ _SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_processes_that_follow_one_another_give_the_same_bits(tmp_path, whole):
     for last in (3, 0):
         command = [sys.executable, "-c", textwrap.dedent(_SCRIPT), str(tmp_path), str(last)]
@@ -118,8 +121,10 @@ def test_processes_that_follow_one_another_give_the_same_bits(tmp_path, whole):
 
 def test_that_check_sees_a_run_whose_order_of_data_begins_anew(tmp_path, whole, monkeypatch):
     run(settings(tmp_path), on_row=stop_at(2))
-    ahead = loop._ahead
-    monkeypatch.setattr(loop, "_ahead", lambda data, first, last: ahead(data, 0, last - first))
+    ahead = run_module._ahead
+    monkeypatch.setattr(
+        run_module, "_ahead", lambda data, first, last: ahead(data, 0, last - first)
+    )
     assert not equal_bits(run(settings(tmp_path, resume=True)).state, whole.state)
 
 
@@ -171,6 +176,7 @@ def test_another_run_is_neither_overwritten_nor_mixed_up(tmp_path, whole):
         run(settings(tmp_path, "whole", resume=True))
 
 
+@pytest.mark.slow
 def test_more_steps_may_be_asked_for_and_the_model_is_replaced(tmp_path, whole):
     longer = run(settings(tmp_path, "whole", resume=True, steps=10))
     assert [row["step"] for row in longer.rows] == list(range(1, 11))
@@ -194,7 +200,7 @@ def test_a_sample_is_written_by_the_model(tmp_path):
 
 
 def test_the_first_parameters_follow_the_seed(tmp_path):
-    one, same, other = (loop._model(settings(tmp_path, seed=seed))[2]() for seed in (0, 0, 1))
+    one, same, other = (loop.model_of(settings(tmp_path, seed=seed))[2]() for seed in (0, 0, 1))
     assert equal_bits(one, same) and not equal_bits(one, other)
 
 

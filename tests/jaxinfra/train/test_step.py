@@ -90,6 +90,7 @@ def test_masters_and_moments_are_float32_and_donated():
         assert leaf.dtype in (jnp.float32, jnp.int32)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_near_float32s_for_tokens_that_come_often():
     """Embeddings and norms sum thousands of small terms; in bfloat16 they would be lost.
 
@@ -119,6 +120,7 @@ def test_it_learns_one_batch_by_heart():
     assert float(first["nll"]) > 3.5 and float(last["nll"]) < 0.3
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_not_numbers():
     batch = {"tokens": tokens(8, 10)}
     plain, again = (
@@ -168,6 +170,7 @@ def _held(program: str, B: int, T: int, V: int) -> tuple[bool, bool]:
     return logits, any(s.count(T) > 1 for _, s in shapes)
 
 
+@pytest.mark.slow
 def test_neither_the_logits_nor_the_attention_matrix_are_ever_whole():
     B, T, V = 2, 2304, 997
     assert _held(_program(B, T, V), B, T, V) == (False, False)

@@ -84,6 +84,7 @@ _DAMAGE = """
 """
 
 
+@pytest.mark.slow
 def test_damage_in_any_file_gives_the_right_weights_or_a_usererror(tmp_path):
     """In a process of its own: reads that orbax leaves behind would end in another test."""
     config = CONFIGS["llama"]

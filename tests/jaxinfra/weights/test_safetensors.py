@@ -296,7 +296,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path, monkeypatch
         file.write_bytes(b"half a checkpoint")
         written.append(file)
 
-    monkeypatch.setattr(own, "_write", full)
+    monkeypatch.setattr(own, "write", full)
     config = CONFIGS["llama"]
     with pytest.raises(UserError, match="the disk is full"):
         own.save(tmp_path / "model", random_params(config), config, max_shard_bytes=25_000)
