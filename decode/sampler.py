@@ -1,0 +1,166 @@
+"""From logits to tokens on the device, each row by its own rules; all of them are arrays.
+
+In this order: repetition, presence and frequency penalties, bias, mask, temperature, top-k, top-p,
+min-p, and one uniform number for the draw, which depends on the row's key and the token's position
+alone: an answer is the same in any batch, after a preemption, and drafted or not. Log-probabilities
+are those of the distribution that was drawn from; of a greedy row, those at temperature 1.
+
+Nothing sorts the vocabulary: top-k and top-p find the least kept value by bisection over the bits
+of floats, 31 passes; a draw sums blocks of the vocabulary and looks into one. What no row of a step
+wants is skipped on the device (`lax.cond`), so there is one program for all wishes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from decode.request import LIKELIEST
+
+SEEN = 1 << 20  # in `counts`: the prompt has the token; below it, times the answer has it
+_BLOCK = 512
+
+
+@struct.dataclass
+class Drawn:
+    """What was chosen at S places."""
+
+    tokens: Int[Array, " S"]
+    logps: Float[Array, " S"]
+    top_tokens: Int[Array, "S 20"]
+    top_logps: Float[Array, "S 20"]
+
+
+def uniform(
+    key_0: Int[Array, " S"], key_1: Int[Array, " S"], positions: Int[Array, " S"]
+) -> Float[Array, " S"]:
+    """One number from 0 to 1 for each key and position (threefry)."""
+
+    def one(first: Array, second: Array, position: Array) -> Array:
+        words = jnp.stack([first, second]).astype(jnp.uint32)
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, position))
+
+    return jax.vmap(one)(key_0, key_1, positions)
+
+
+def sample(
+    logits: Float[Array, "S V"],
+    rows: dict[str, Any],
+    positions: Int[Array, " S"],
+    counts: Int[Array, "S V"],
+    bias: Float[Array, "S V"],
+    mask: UInt32[Array, "S W"],
+    switches: Int[Array, " 4"],
+) -> Drawn:
+    """The tokens that stand at `positions`.
+
+    rows: by name, [S] each, as `decode.packing.ROW`. counts: how often the answer has each token,
+    plus 2**20 where the prompt has it. mask: bit i % 32 of word i // 32 allows token i.
+    switches: which of penalties, truncation, likeliest tokens any row wants; the fourth is unread.
+    """
+    penalise, truncate, likeliest = switches[0] > 0, switches[1] > 0, switches[2] > 0
+    logits = jax.lax.cond(penalise, _penalised, lambda x, *_: x, logits, rows, counts)
+    logits = jnp.where(_bits(mask, logits.shape[1]), logits + bias, -jnp.inf)
+    greedy = rows["temperature"] == 0.0
+    logits = logits / jnp.where(greedy, 1.0, jnp.maximum(rows["temperature"], 1e-5))[:, None]
+    logits = jax.lax.cond(truncate, _truncated, lambda x, _: x, logits, rows)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    u = uniform(rows["key_0"], rows["key_1"], positions)
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), _draw(weights, u))
+    tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)  # where nothing may follow
+    norm = top + jnp.log(jnp.sum(weights, axis=-1, keepdims=True))
+    logps = jnp.take_along_axis(logits, tokens[:, None], axis=1) - norm
+    top_tokens, top_logps = likeliest_of(logits - norm, likeliest)
+    return Drawn(tokens, logps[:, 0], top_tokens, top_logps)
+
+
+def likeliest_of(logps: Float[Array, "S V"], wanted: Bool[Array, ""]) -> tuple[Array, Array]:
+    """The LIKELIEST tokens [S, 20] and their log-probabilities; zeros where none are wanted."""
+    S, many = logps.shape[0], min(LIKELIEST, logps.shape[1])
+
+    def found(logps: Array) -> tuple[Array, Array]:
+        values, tokens = jax.lax.top_k(logps, many)
+        return tokens.astype(jnp.int32), values
+
+    def nothing(_: Array) -> tuple[Array, Array]:
+        return jnp.zeros((S, many), jnp.int32), jnp.zeros((S, many), jnp.float32)
+
+    return jax.lax.cond(wanted, found, nothing, logps)
+
+
+def _penalised(logits: Array, rows: dict[str, Any], counts: Array) -> Array:
+    """Repetition (arXiv 1909.05858) of prompt and answer; presence and frequency of the answer."""
+    seen, made = counts > 0, counts % SEEN
+    factor = rows["repetition"][:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    times = made.astype(jnp.float32)
+    logits = logits - rows["frequency"][:, None] * times
+    return logits - rows["presence"][:, None] * jnp.sign(times)
+
+
+def _bits(mask: UInt32[Array, "S W"], size: int) -> Bool[Array, "S V"]:
+    shifts = jnp.arange(32, dtype=jnp.uint32)
+    bits = (mask[:, :, None] >> shifts) & jnp.uint32(1)
+    return bits.reshape(mask.shape[0], -1)[:, :size] > 0
+
+
+def _truncated(logits: Float[Array, "S V"], rows: dict[str, Any]) -> Float[Array, "S V"]:
+    """-inf outside top-k, then top-p of what is left, then min-p; ties are kept together."""
+    p = jax.nn.softmax(logits, axis=-1)
+    k = jnp.where(rows["top_k"] > 0, rows["top_k"], logits.shape[1])
+    p = jnp.where(p >= _least(p, jnp.ones_like(p), k.astype(jnp.float32))[:, None], p, 0.0)
+    p = p / jnp.sum(p, axis=-1, keepdims=True)
+    p = jnp.where(p >= _least(p, p, rows["top_p"])[:, None], p, 0.0)
+    least = rows["min_p"] * jnp.max(p, axis=-1)
+    return jnp.where((p > 0.0) & (p >= least[:, None]), logits, -jnp.inf)
+
+
+def _least(
+    p: Float[Array, "S V"], weight: Float[Array, "S V"], wanted: Float[Array, " S"]
+) -> Float[Array, " S"]:
+    """The largest t for which the weights of all p >= t sum to `wanted` or more; else 0.
+
+    Positive floats are ordered as their bits are, so halving an interval of int32 is exact.
+    """
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        least = jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+        enough = jnp.sum(jnp.where(p >= least, weight, 0.0), axis=-1) >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    high = jax.lax.bitcast_convert_type(jnp.max(p, axis=-1), jnp.int32) + 1
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _draw(weights: Float[Array, "S V"], u: Float[Array, " S"]) -> Int[Array, " S"]:
+    """The token at which the running sum of `weights` passes u times the whole.
+
+    Never one of weight zero: rounding may lead past the last token of a block, not to one that
+    must not be drawn.
+    """
+    S, V = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(S, -1, _BLOCK)
+    sums = jnp.sum(blocks, axis=-1)
+    block, rest = _passing(sums, u * jnp.sum(sums, axis=-1))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place, _ = _passing(inside, rest)
+    return block * _BLOCK + place
+
+
+def _passing(weights: Float[Array, "S n"], target: Array) -> tuple[Array, Array]:
+    """Where the running sum passes `target`, among positive weights, and what is left there."""
+    sums = jnp.cumsum(weights, axis=-1)
+    passed = (sums > target[:, None]) & (weights > 0)
+    last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
+    at = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
+    before = jnp.take_along_axis(sums - weights, at[:, None], axis=1)[:, 0]
+    return at, target - before
