@@ -1,0 +1,104 @@
+"""Tensor parallelism inside a block, as in Megatron-LM, and its sequence parallelism.
+
+The first matrix of a pair is cut by columns (heads, feed-forward width), the second by rows, and
+between them nothing is sent (Shoeybi et al. 2019, arXiv 1909.08053, section 3). Around each pair:
+
+    plain      enter: nothing     leave: all-reduce         backward: one all-reduce at `enter`
+    sequence   enter: all-gather  leave: reduce-scatter     backward: the same two, transposed
+
+Bytes are the same, 2 (n-1)/n of [B, T, D] a pair and direction; cut sequences hold 1/n of what lies
+between the pairs (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). The embedding and the
+head are cut by vocabulary: each device looks up and scores its own words.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxinfra.model import transformer
+from jaxinfra.model.config import ModelConfig
+from jaxinfra.model.params import Params
+from parallel.mesh import Axis, ensure_varying, index, size
+
+TP = Axis.TP.value
+
+
+def enter(x: Float[Array, "B t D"], sequence: bool) -> Float[Array, "B T D"]:
+    """What a column-cut matrix takes: all positions.
+
+    Without cut sequences x is the same on every device and typed so; the all-reduce of its gradient
+    is the transpose of this cast to varying. Left to jax, each matrix would cast and reduce apart.
+    """
+    if size(TP) == 1:
+        return x
+    if not sequence:
+        return ensure_varying(x, (TP,))
+    return jax.lax.all_gather(x, TP, axis=1, tiled=True)
+
+
+def leave(x: Float[Array, "B T D"], sequence: bool) -> Float[Array, "B t D"]:
+    """The sum of what row-cut matrices gave, whole or each device's own positions."""
+    if size(TP) == 1:
+        return x
+    if not sequence:
+        return jax.lax.psum(x, TP)
+    return jax.lax.psum_scatter(x, TP, scatter_dimension=1, tiled=True)
+
+
+def embed(
+    table: Float[Array, "v D"], config: ModelConfig, tokens: Int[Array, "B T"], sequence: bool
+) -> Float[Array, "B t D"]:
+    """Embeddings from a table cut by vocabulary: words of other devices give zeros to the sum."""
+    if size(TP) == 1:
+        return transformer.embed(Params(table, None, None), config, tokens)  # pyright: ignore
+    here = tokens - index(TP) * table.shape[0]
+    own = (here >= 0) & (here < table.shape[0])
+    rows = Params(table, None, None)  # pyright: ignore[reportArgumentType]
+    x = transformer.embed(rows, config, jnp.where(own, here, 0))
+    return leave(jnp.where(own[..., None], x, jnp.zeros_like(x)), sequence)
+
+
+def cross_entropy(
+    x: Float[Array, "M D"],
+    w: Float[Array, "D v"],
+    targets: Int[Array, " M"],
+    weights: Float[Array, " M"],
+    config: ModelConfig,
+    *,
+    z_loss: float = 0.0,
+    block: int = 4096,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The sums (loss with its z term, nll) over rows, from a head cut by vocabulary.
+
+    Only three numbers a row are exchanged: the largest logit, the sum of exponentials, the target's
+    logit (Megatron-LM's `vocab_parallel_cross_entropy`). At most `block` rows of logits live at a
+    time, a quarter of them where that is less; the backward pass makes them again.
+    """
+    M, cut = x.shape[0], size(TP) > 1
+    block = min(block, -(-M // 4))
+    pad = -M % block
+    x = jnp.pad(x, ((0, pad), (0, 0))).reshape(-1, block, x.shape[1])
+    targets = jnp.pad(targets, (0, pad)).reshape(-1, block)
+    weights = jnp.pad(weights, (0, pad)).reshape(-1, block)
+
+    @jax.checkpoint
+    def one(rows: tuple) -> tuple[Array, Array]:
+        x, target, weight = rows
+        logits = jnp.einsum("md,dv->mv", x, w, preferred_element_type=jnp.float32)
+        logits = transformer.cap_logits(logits, config)
+        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        top = jax.lax.pmax(top, TP) if cut else top
+        total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+        here = target - index(TP) * w.shape[1]
+        own = (here >= 0) & (here < w.shape[1])
+        at = jnp.where(own, here, 0)[:, None]
+        hit = jnp.where(own, jnp.take_along_axis(logits, at, axis=-1)[:, 0], 0.0)
+        total, hit = jax.lax.psum((total, hit), TP) if cut else (total, hit)
+        lse = top + jnp.log(total)
+        nll = jnp.sum(weight * (lse - hit))
+        return nll + z_loss * jnp.sum(weight * lse**2), nll
+
+    loss, nll = jax.lax.map(one, (x, targets, weights))
+    return jnp.sum(loss), jnp.sum(nll)
