@@ -1,0 +1,294 @@
+"""One process's hold on one session: what to do next, by the fold of its journal (`agent.state`).
+
+Everything that happened is in the journal before the next thing begins. A run that begins, one that
+another process left in its middle and one that a person has answered take the same steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import anyio
+import stamina
+from pydantic import TypeAdapter
+
+from agent.answers import conclude, conclude_by_call
+from agent.calls import call_tools
+from agent.compress import Compression, compress
+from agent.events import (
+    ApprovalDecided,
+    ApprovalRequested,
+    Compressed,
+    Event,
+    Kept,
+    ModelResponded,
+    Reason,
+    Resumed,
+    Retried,
+    RunFinished,
+    RunStarted,
+    TextDelta,
+    ToolFinished,
+    ToolProgress,
+)
+from agent.execute import Emit
+from agent.journal import MemoryStore, Store
+from agent.messages import Message, user
+from agent.model import Completion, Model, Request, TransportError, Usage
+from agent.policy import tripped
+from agent.redact import Redactor
+from agent.spec import FINAL, Agent, reachable
+from agent.state import State, evolve, fold
+from jaxinfra.errors import UserError
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run stands. `reason` is "waiting" while a person is asked; the session can then be
+    resumed with their decisions, by this process or another."""
+
+    session: str
+    reason: Reason | Literal["waiting"]
+    output: Any
+    detail: str
+    state: State
+
+    @property
+    def approvals(self) -> tuple[ApprovalRequested, ...]:
+        """The calls that wait for a person."""
+        return self.state.waiting
+
+
+async def ignore(event: Event) -> None:
+    """Listens to nothing."""
+
+
+class Drive:
+    """One process's hold on one session, from its first event to where the run stops."""
+
+    def __init__(
+        self, agent: Agent, store: Store | None, session: str | None, deps: Any,
+        redactor: Redactor | None, emit: Emit = ignore,
+    ):  # fmt: skip
+        self.agents = reachable(agent)
+        self.root = agent
+        self.store = store or MemoryStore()
+        self.session = session or uuid.uuid4().hex
+        self.deps = deps
+        self.redactor = redactor or Redactor()
+        self.emit = emit
+        self.state = State()
+        self.mine: set[str] = set()  # calls that this process began
+        self.partial: list[str] = []  # text of the turn that is under way
+        self.lock = anyio.Lock()
+
+    @property
+    def agent(self) -> Agent:
+        agent = self.agents.get(self.state.agent)
+        if agent is None:
+            raise UserError(
+                f"session {self.session} is with the agent {self.state.agent!r}, which "
+                f"{self.root.name!r} neither is nor hands over to; give the agent it began with"
+            )
+        return agent
+
+    async def begin(self, task: str | Sequence[Message], tainted_by: tuple[str, ...]) -> Result:
+        self.state = fold(await self.store.read(self.session))
+        if self.state.runs and self.state.finished is None:
+            raise UserError(f"session {self.session} has an unfinished run; resume it first")
+        agent = self.agent if self.state.runs else self.root
+        messages = (user(task),) if isinstance(task, str) else tuple(task)
+        said = "\n".join(m.content for m in messages if m.role == "user")
+        if reason := await tripped(agent.guardrails, "input", said):
+            # What a guardrail stopped is not kept in the conversation, only that it did.
+            began = RunStarted(agent.name, self.instructions(agent), (), tainted_by)
+            await self.record(began, RunFinished("guardrail", detail=reason))
+            return self._result()
+        began = RunStarted(agent.name, self.instructions(agent), messages, tainted_by)
+        return await self._go(began)
+
+    async def go_on(self, decisions: Mapping[str, bool | str]) -> Result:
+        self.state = fold(await self.store.read(self.session))
+        if not self.state.runs:
+            raise UserError(f"there is no session {self.session} to resume")
+        waiting = {request.call.id for request in self.state.waiting}
+        if unknown := sorted(set(decisions) - waiting):
+            raise UserError(f"session {self.session}: no call {unknown[0]!r} waits for approval")
+        _ = self.agent
+        if self.state.finished is not None and self.state.finished.reason == "done":
+            return self._result()
+        decided = [
+            ApprovalDecided(id, answer is True, answer if isinstance(answer, str) else "")
+            for id, answer in decisions.items()
+        ]
+        return await self._go(*decided, Resumed())
+
+    def instructions(self, agent: Agent) -> str:
+        given = agent.instructions
+        return given if isinstance(given, str) else given(self.deps)
+
+    async def record(self, *events: Kept, shown: int = 0) -> None:
+        """Journals the events, all or none, then folds and emits them but for the first `shown`."""
+        cleaned = [self.redactor.event(event) for event in events]
+        async with self.lock:
+            with anyio.CancelScope(shield=True):  # the fold must not miss what was committed
+                kept = await self.store.append(self.session, self.state.seq, cleaned)
+                for recorded in kept:
+                    self.state = evolve(self.state, recorded)
+        for event in cleaned[shown:]:
+            await self.emit(event)
+
+    async def show(self, event: Event) -> None:
+        """Emits what is not kept; a tool's progress may hold secrets as its result may."""
+        if isinstance(event, ToolProgress):
+            event = replace(event, text=self.redactor.text(event.text))
+        await self.emit(event)
+
+    async def _go(self, *first: Kept) -> Result:
+        seconds = self.root.limits.seconds
+        try:
+            await self.record(*first)
+            left = None if seconds is None else max(0.0, seconds - self.state.spent.seconds)
+            with anyio.move_on_after(left) as clock:
+                while self.state.finished is None and await self._step():
+                    pass
+            if clock.cancelled_caught:
+                await self._close("limit", f"seconds: {seconds:g} used")
+        except anyio.get_cancelled_exc_class():
+            self.emit = ignore  # whoever listened has gone
+            with anyio.CancelScope(shield=True):
+                await self._close("cancelled", "")
+            raise
+        except ExceptionGroup as errors:
+            raise first_of(errors) from None
+        return self._result()
+
+    async def _step(self) -> bool:
+        """Does what the state calls for; False when only a person can go on."""
+        state = self.state
+        last = state.messages[-1] if state.messages else None
+        structured = self.agent.schema is not None
+        final = next((c for c in state.pending if structured and c.name == FINAL), None)
+        if final is not None:
+            await conclude_by_call(self, final)
+        elif state.pending:
+            return await call_tools(self)
+        elif last is not None and last.role == "assistant" and not last.calls and state.finish:
+            await conclude(self, last.content)
+        elif reached := self.root.limits.reached(state.spent):
+            await self.record(RunFinished("limit", detail=reached))
+        else:
+            try:
+                await self._turn()
+            except (TransportError, UserError) as error:
+                await self.record(RunFinished("error", detail=f"{self.agent.model.name}: {error}"))
+        return True
+
+    async def _close(self, reason: Reason, detail: str) -> None:
+        """Ends the run with a conversation in which every call has a result."""
+        if self.state.finished is not None or not self.state.runs:
+            return
+        text = "".join(self.partial)
+        events: list[Kept] = []
+        if text:
+            message = Message("assistant", text)
+            events.append(ModelResponded(self.agent.model.name, message, Usage(), "cut", 0.0))
+        for call in self.state.pending:
+            began = call.id in self.state.started
+            so = "it was ended and may have taken effect" if began else "it was not begun"
+            events.append(ToolFinished(call.id, f"error: {reason}: {so}", reason))
+        await self.record(*events, RunFinished(reason, text or None, detail))
+
+    async def _turn(self) -> None:
+        agent = self.agent
+        if agent.compression is not None:
+            await self._compress(agent.compression)
+        state = self.state
+        settings = replace(
+            agent.settings,
+            max_tokens=self.root.limits.tokens_left(state.spent, agent.settings.max_tokens),
+        )
+        specs = agent.specs
+        by_call = bool(specs) and agent.schema is not None  # then the answer itself is a call
+        request = Request(
+            state.prompt, specs, "required" if by_call else "auto", settings,
+            None if specs else agent.schema, self.session,
+        )  # fmt: skip
+        async for attempt in stamina.retry_context(
+            on=_wait, attempts=agent.transport_retries + 1, timeout=None,
+            wait_initial=0.1, wait_jitter=0.1, wait_max=10.0,
+        ):  # fmt: skip
+            with attempt:
+                began = time.monotonic()
+                try:
+                    completion = await self._listen(agent.model, request)
+                except TransportError as error:
+                    if attempt.num <= agent.transport_retries:
+                        await self.record(Retried("transport", attempt.num, str(error)))
+                    raise
+                message = _with_unique_ids(completion.message, state)
+                self.partial.clear()
+                await self.record(
+                    ModelResponded(
+                        agent.model.name, message, completion.usage, completion.finish,
+                        time.monotonic() - began,
+                    )
+                )  # fmt: skip
+
+    async def _compress(self, how: Compression) -> None:
+        made = await compress(self.state.messages, how, self.agent.model)
+        if made is not None:
+            await self.record(Compressed(**{f.name: getattr(made, f.name) for f in fields(made)}))
+
+    async def _listen(self, model: Model, request: Request) -> Completion:
+        self.partial.clear()
+        stream: Any = model.stream(request)
+        async with contextlib.aclosing(stream):
+            async for item in stream:
+                if isinstance(item, Completion):
+                    return item
+                if isinstance(item, TextDelta):
+                    self.partial.append(item.text)
+                await self.emit(item)
+        raise TransportError(f"{model.name}: the stream ended without an end")
+
+    def _result(self) -> Result:
+        finished = self.state.finished
+        if finished is None:
+            return Result(self.session, "waiting", None, "", self.state)
+        output = finished.output
+        if finished.reason == "done" and self.agent.schema is not None:
+            output = TypeAdapter(self.agent.output_type).validate_json(json.dumps(output))
+        return Result(self.session, finished.reason, output, finished.detail, self.state)
+
+
+def _wait(error: Exception) -> bool | float:
+    if not isinstance(error, TransportError):
+        return False
+    return True if error.after is None else error.after
+
+
+def _with_unique_ids(message: Message, state: State) -> Message:
+    """Servers leave ids out, and repeat them turn after turn; the journal needs them unique."""
+    seen = {call.id for m in state.messages for call in m.calls}
+    calls = []
+    for i, call in enumerate(message.calls):
+        if not call.id or call.id in seen:
+            call = replace(call, id=f"call_{state.seq + 1}_{i}")
+        seen.add(call.id)
+        calls.append(call)
+    return replace(message, calls=tuple(calls))
+
+
+def first_of(errors: BaseExceptionGroup) -> BaseException:
+    """What went wrong first, out of the groups that task groups wrap it in."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

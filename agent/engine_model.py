@@ -1,0 +1,235 @@
+"""A model whose engine runs in this process: turns are tokens, and nothing is encoded twice.
+
+    with EngineModel.load("smollm2-135m") as model:
+        result = await run(Agent("clerk", model, "Be brief.", tools=(double,)), "Twice 21?")
+
+A session's next prompt begins with the very ids of its last turn, so the prefix cache has all of
+its full pages; while tools run, a lease keeps them. `fork` goes on from one turn several times over
+the same pages. A forced call is one call, held to its tool's schema by the grammar, whatever the
+weights. What a session used, and which token was computed again and why, is in its `Account`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from agent import engine_sessions
+from agent.engine_sessions import CacheMiss, Session, Sessions, Turn
+from agent.engine_thread import EngineThread, Used
+from agent.messages import Message, ToolCall
+from agent.model import (
+    CallDelta,
+    Completion,
+    Delta,
+    Price,
+    ReasoningDelta,
+    Request,
+    TextDelta,
+    TransportError,
+    Usage,
+)
+from decode.request import Output, QueueFull
+from decode.server.tools import Delta as Piece
+from jaxinfra.errors import UserError
+
+if TYPE_CHECKING:
+    from decode.config import EngineConfig
+    from decode.engine import Engine
+    from jaxinfra.text import Tokenizer
+
+
+@dataclass
+class Account(Used):
+    """What a session used so far; `miss` is of its last turn.
+
+    Tokens: `prompt` ones, of which `cached` were not computed; `completion` ones; `recomputed` ones
+    stood in full pages that an earlier turn had filled.
+    """
+
+    turns: int = 0
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    recomputed: int = 0
+    miss: CacheMiss | None = None
+
+
+class EngineModel:
+    """A Model over `engine`, which from now on belongs to a thread of this model's.
+
+    lease: seconds for which a turn's pages are kept while its tools run. leased: the share of all
+    pages that may be. `salt` may be set at any time: prefixes are shared only under one salt.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, name: str = "engine", *, lease: float = 60.0,
+        leased: float = 0.5, price: Price | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.salt = name, ""
+        self._lease, self._price = lease, price or Price()
+        self._max_len, self._page = engine.config.max_len, engine.config.page_size
+        self._sessions = Sessions(tokenizer)
+        self._accounts: dict[str, Account] = {}
+        self._thread = EngineThread(engine, leased)
+
+    @classmethod
+    def load(
+        cls, name: str, config: EngineConfig | None = None, *, offline: bool = False, **options: Any
+    ) -> EngineModel:
+        """A model by name, as `jaxinfra.load` takes it; `options` as above. Raises UserError."""
+        import jax
+
+        import jaxinfra
+        from decode.config import EngineConfig
+        from decode.engine import Engine
+
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = jaxinfra.load(name, dtype=dtype, offline=offline)
+        engine = Engine.of(model, config or EngineConfig())
+        return cls(engine, model.tokenizer, name, **options)
+
+    def __enter__(self) -> EngineModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends what is under way, and the engine's thread."""
+        self._thread.close()
+
+    @property
+    def total(self) -> Used:
+        """What all sessions used together."""
+        return self._thread.total
+
+    @property
+    def leases(self) -> int:
+        """Sessions whose pages are being kept for them."""
+        return self._thread.leases
+
+    def account(self, session: str) -> Account:
+        """What a session used; turns outside any session are all under ""."""
+        return self._accounts.setdefault(session, Account())
+
+    def tokens(self, session: str) -> tuple[int, ...]:
+        """The ids of a session up to the end of its last turn. Raises UserError."""
+        return self._known(session).tokens
+
+    def fork(self, session: str, count: int) -> list[str]:
+        """Names of `count` sessions that go on from where `session` stands, over its own pages."""
+        known = self._known(session)
+        names = [f"{session}/{uuid.uuid4().hex[:8]}" for _ in range(count)]
+        for name in names:
+            self._sessions.put(name, known)
+        self._thread.hold(session, known.tokens, self._lease, known.salt)
+        return names
+
+    def _known(self, session: str) -> Session:
+        known = self._sessions.get(session)
+        if known is None:
+            raise UserError(
+                f"agent: no session {session!r} in this engine; take a turn of it first"
+            )
+        return known
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
+        """See Model."""
+        turn = self._sessions.turn(request, self._max_len)
+        asked = replace(turn.ask, prompt=turn.tokens, cache_salt=self.salt, params=replace(
+            turn.ask.params, max_tokens=self._room(turn, request.settings.max_tokens),
+        ))  # fmt: skip
+        heard = asyncio.Queue[Output | Exception]()
+        account = self.account(request.session)
+        self._thread.submit(
+            asked, account, request.session or asked.id, asyncio.get_running_loop(),
+            heard.put_nowait,
+        )  # fmt: skip
+        reader, parts, drawn, over = turn.reader(), _Parts(), [], False
+        try:
+            while True:
+                end = await heard.get()
+                if isinstance(end, Exception):
+                    raise _told(end)
+                drawn += end.token_ids
+                over = end.finish_reason is not None
+                for piece in reader.push(end.text) + (reader.finish() if over else []):
+                    yield parts.take(piece)
+                if over:
+                    break
+        finally:
+            if not over:
+                self._thread.abort(asked.id)
+        if end.finish_reason not in ("stop", "length"):
+            raise UserError(f"{self.name}: {end.error or end.finish_reason}")
+        message = parts.message(tuple(drawn))
+        self._ended(request, turn, asked.cache_salt, message, end, account)
+        read, written, cached = end.prompt_tokens, end.completion_tokens, end.cached_tokens
+        usage = Usage(read, written, cached, self._price.cost(read, written, cached))
+        cut = end.finish_reason == "length"
+        yield Completion(message, usage, "length" if cut else "calls" if message.calls else "stop")
+
+    def _room(self, turn: Turn, wanted: int | None) -> int:
+        room = self._max_len - len(turn.tokens)
+        if room < 1:
+            raise UserError(
+                f"{self.name}: the conversation's {len(turn.tokens)} tokens leave no room in a "
+                f"context of {self._max_len}; give the agent a Compression, or a longer max_len"
+            )
+        return room if wanted is None else min(wanted, room)
+
+    def _ended(
+        self, request: Request, turn: Turn, salt: str, message: Message, end: Output,
+        account: Account,
+    ) -> None:  # fmt: skip
+        account.turns += 1
+        account.prompt += end.prompt_tokens
+        account.cached += end.cached_tokens
+        account.completion += end.completion_tokens
+        tools, said = tuple(request.tools), tuple(request.messages)
+        before, account.miss = self._sessions.get(request.session), None
+        if before is not None:
+            now = Session(said, turn.tokens, tools, salt)
+            lost, account.miss = engine_sessions.miss(before, now, end.cached_tokens, self._page)
+            account.recomputed += lost
+        if request.session:
+            tokens = turn.tokens + (message.tokens or ())
+            self._sessions.put(request.session, Session((*said, message), tokens, tools, salt))
+            if message.calls:
+                self._thread.hold(request.session, tokens, self._lease, salt)
+
+
+class _Parts:
+    """The message that the reader's pieces make."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._calls: list[list[str]] = []  # name and pieces of arguments
+
+    def take(self, piece: Piece) -> Delta:
+        match piece.kind:
+            case "content":
+                self._text.append(piece.text)
+                return TextDelta(piece.text)
+            case "reasoning":
+                return ReasoningDelta(piece.text)
+            case "name":
+                self._calls.append([piece.text])
+                return CallDelta(piece.index, piece.text, "")
+            case "arguments":
+                self._calls[piece.index].append(piece.text)
+                return CallDelta(piece.index, self._calls[piece.index][0], piece.text)
+
+    def message(self, tokens: tuple[int, ...]) -> Message:
+        calls = tuple(ToolCall("", name, "".join(rest)) for name, *rest in self._calls)
+        return Message("assistant", "".join(self._text), calls, tokens=tokens)
+
+
+def _told(error: Exception) -> Exception:
+    if isinstance(error, QueueFull):
+        return TransportError(str(error))
+    return error if isinstance(error, UserError) else UserError(str(error))

@@ -1,0 +1,233 @@
+"""The thread that owns an engine: requests and leases in, outputs out, and who used how much.
+
+Everything that touches the engine happens here, between two steps. A step's wall seconds are split
+among the requests by the tokens that it computed for each, and each page's share of those seconds
+among the requests that hold it, so accounts add up to the total. Pages that only a lease or the
+cache holds are nobody's. Cost: a step looks once at each page that a running request holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from decode.policies import Policy
+from decode.request import Output, QueueFull, Request
+from jaxinfra.errors import UserError
+
+if TYPE_CHECKING:
+    from decode.engine import Engine
+    from decode.scheduler import Sequence
+
+Hear = Callable[["Output | Exception"], object]
+_log = logging.getLogger("jaxinfra.engine")
+
+
+@dataclass
+class Used:
+    """What was used: seconds of the engine, pages times seconds."""
+
+    engine_s: float = 0.0
+    page_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request under way: who listens, in which event loop, who pays, and whose lease it ends."""
+
+    hear: Hear
+    loop: asyncio.AbstractEventLoop
+    used: Used
+    key: str
+
+
+class EngineThread:
+    """Runs `engine` until `close`. Leased prefixes take at most the share `leased` of its pages."""
+
+    def __init__(self, engine: Engine, leased: float = 0.5) -> None:
+        self.total = Used()
+        self.leases = 0  # that stand
+        self._engine = engine
+        self._room = int(leased * engine.config.pages)
+        self._meter = _Meter(engine.scheduler.policy)
+        engine.scheduler.policy = self._meter
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._asked: dict[str, _Asked] = {}  # by request
+        self._held: dict[str, tuple[int, float, int]] = {}  # by key: lease, until, pages
+        self._last: list[tuple[Used, int, list[int]]] = []
+        self._closed, self._why, self._over = False, "", False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, request: Request, used: Used, key: str, loop: asyncio.AbstractEventLoop, hear: Hear
+    ) -> None:
+        """Queues a request. `hear` is called in `loop`: with its outputs, or with what kept it from
+        being answered. The lease under `key` ends once the request has its pages."""
+        self._order(lambda: self._add(request, _Asked(hear, loop, used, key)))
+
+    def abort(self, id: str) -> None:
+        """Ends a request; its pages are free before the next step."""
+        self._order(lambda: self._abort(id))
+
+    def hold(self, key: str, tokens: tuple[int, ...], seconds: float, salt: str) -> None:
+        """Leases the cached prefix of `tokens` under `key`, if there is room for it."""
+        self._order(lambda: self._hold(key, tokens, seconds, salt))
+
+    def close(self) -> None:
+        """Ends what is under way, and the thread."""
+        self._order(self._close)
+        self._thread.join()
+
+    def _close(self) -> None:
+        self._closed = True
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.put(order)
+        if self._over:
+            self._obey()
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                self._obey()
+                if self._engine.has_work():
+                    self._step()
+            self._why = "it was closed"
+        except BaseException as error:
+            self._why = f"{type(error).__name__}: {error}"
+            _log.exception("the engine died")
+        finally:
+            self._tell([(id, self._gone()) for id in self._asked])
+            self._asked.clear()
+            self._engine.close()
+            self._held, self._over = {}, True
+            self._obey()
+
+    def _obey(self) -> None:
+        """Carries out what was ordered; without work waits for an order, or a lease's end."""
+        idle = not (self._closed or self._over or self._engine.has_work())
+        ends = min((until for _, until, _ in self._held.values()), default=None)
+        wait = None if ends is None else max(0.0, ends - time.monotonic())
+        try:
+            while True:
+                self._orders.get(block=idle, timeout=wait if idle else None)()
+                idle = False
+        except queue.Empty:
+            pass
+        now = time.monotonic()
+        for key in [key for key, (_, until, _) in self._held.items() if until <= now]:
+            self._give_up(key)
+
+    def _gone(self) -> UserError:
+        return UserError(f"the engine is gone ({self._why}); load another")
+
+    def _add(self, request: Request, asked: _Asked) -> None:
+        self._asked[request.id] = asked
+        try:
+            if self._over:
+                raise self._gone()
+            self._engine.add(request)
+        except (QueueFull, ValueError, UserError) as error:
+            self._tell([(request.id, error)])
+            self._asked.pop(request.id, None)
+
+    def _abort(self, id: str) -> None:
+        asked = self._asked.pop(id, None)
+        if asked is not None and not self._over:
+            self._engine.abort(id)
+            self._give_up(asked.key)
+
+    def _hold(self, key: str, tokens: tuple[int, ...], seconds: float, salt: str) -> None:
+        self._give_up(key)
+        if self._over:
+            return
+        pages = len(tokens) // self._engine.config.page_size
+        if pages + sum(held for _, _, held in self._held.values()) > self._room:
+            return
+        lease = self._engine.lease(tokens, seconds, salt)
+        if lease is not None:
+            self._held[key] = lease, time.monotonic() + seconds, pages
+            self.leases = len(self._held)
+
+    def _give_up(self, key: str) -> None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._engine.give_up(held[0])
+            self.leases = len(self._held)
+
+    def _step(self) -> None:
+        scheduler = self._engine.scheduler
+        began = time.perf_counter()
+        outputs = self._engine.step()
+        seconds = time.perf_counter() - began
+        used = self._meter.taken(scheduler.running)
+        # A step that computed nothing only read what the one before it made.
+        self._last = [(self._asked[id].used, *what) for id, what in used.items()] or self._last
+        self._charge(seconds, self._last)
+        if not outputs and not used and self._held and self._engine.has_work():
+            self._give_up(next(iter(self._held)))  # leases are soft: they keep nobody from running
+        for output in outputs:
+            self._give_up(self._asked[output.request_id].key)
+        self._tell([(output.request_id, output) for output in outputs])
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._asked.pop(output.request_id, None)
+
+    def _charge(self, seconds: float, used: list[tuple[Used, int, list[int]]]) -> None:
+        tokens = sum(count for _, count, _ in used)
+        if not tokens:
+            return
+        holders = Counter(page for *_, pages in used for page in pages)
+        self.total.engine_s += seconds
+        self.total.page_s += len(holders) * seconds
+        for payer, count, pages in used:
+            payer.engine_s += seconds * count / tokens
+            payer.page_s += seconds * sum(1 / holders[page] for page in pages)
+
+    def _tell(self, news: list[tuple[str, Output | Exception]]) -> None:
+        """Wakes each event loop once for all that it is told."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[str, Hear, Output | Exception]]] = {}
+        for id, what in news:
+            asked = self._asked[id]
+            by_loop.setdefault(asked.loop, []).append((id, asked.hear, what))
+        for loop, told in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, told)
+            except RuntimeError:  # it was closed, and whoever asked has gone with it
+                for id, *_ in told:
+                    self._orders.put(lambda id=id: self._abort(id))
+
+
+def _deliver(told: list[tuple[str, Hear, Output | Exception]]) -> None:
+    for _, hear, what in told:
+        hear(what)
+
+
+class _Meter:
+    """A policy that keeps what another one's sequences were given in a step."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._used: dict[str, tuple[int, list[int]]] = {}
+
+    def rank(self, sequence: Sequence) -> Any:
+        return self._policy.rank(sequence)
+
+    def served(self, sequence: Sequence, tokens: int) -> None:
+        self._policy.served(sequence, tokens)
+        self._used[sequence.request.id] = tokens, list(sequence.table.pages)
+
+    def taken(self, running: list[Sequence]) -> dict[str, tuple[int, list[int]]]:
+        """By request, tokens computed for it and pages that it holds; empty if none was."""
+        used, self._used = self._used, {}
+        for sequence in running if used else ():
+            used.setdefault(sequence.request.id, (0, list(sequence.table.pages)))
+        return used

@@ -1,0 +1,188 @@
+"""A model behind any server that speaks OpenAI's chat completions, streamed or not.
+
+The client is the official one, with its own retries off: a request that may be repeated raises
+TransportError and the loop, which can journal it, decides. `prompt_cache_key` carries the session,
+so that a server with sessions finds its cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.messages import Message, ToolCall, to_openai
+from agent.model import (
+    CallDelta,
+    Completion,
+    Delta,
+    Price,
+    ReasoningDelta,
+    Request,
+    TextDelta,
+    TransportError,
+    Usage,
+)
+from jaxinfra.errors import UserError
+
+_FINISH = {"stop": "stop", "tool_calls": "calls", "length": "length", "content_filter": "filter"}
+
+
+@dataclass
+class HTTPModel:
+    """`name` at `base_url` (".../v1"). The key is read from the environment variable `key_variable`
+    when a request is made, and is held nowhere."""
+
+    name: str
+    base_url: str
+    key_variable: str = "OPENAI_API_KEY"
+    streaming: bool = True
+    timeout: float = 120.0
+    price: Price = field(default_factory=Price)
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
+        """See Model."""
+        import openai
+
+        client = openai.AsyncOpenAI(
+            base_url=self.base_url, api_key=os.environ.get(self.key_variable) or "none",
+            max_retries=0, timeout=self.timeout,
+            http_client=openai.DefaultAsyncHttpxClient(verify=_certificates()),
+        )  # fmt: skip
+        async with client:
+            try:
+                if self.streaming:
+                    items = self._streamed(client, request)
+                    async with contextlib.aclosing(items):
+                        async for item in items:
+                            yield item
+                else:
+                    yield await self._whole(client, request)
+            except openai.APIStatusError as error:
+                message = f"{self.base_url}: {error.status_code} {error.message}"
+                if error.status_code in (408, 409, 429) or error.status_code >= 500:
+                    raise TransportError(message, _retry_after(error)) from None
+                raise UserError(message) from None
+            except openai.APIError as error:  # no connection, cut in its middle, time-out
+                raise TransportError(f"{self.base_url}: {error.message}") from None
+            except openai.OpenAIError as error:
+                raise UserError(f"{self.base_url}: {error}") from None
+
+    async def _streamed(
+        self, client: Any, request: Request
+    ) -> AsyncGenerator[Delta | Completion, None]:
+        import httpx2
+
+        text: list[str] = []
+        made: dict[int, dict[str, str]] = {}
+        finish, usage = None, Usage()
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        try:
+            async with await client.chat.completions.create(
+                **_body(self.name, request), **options
+            ) as chunks:
+                async for chunk in chunks:
+                    if chunk.usage is not None:
+                        usage = self._usage(chunk.usage)
+                    for choice in chunk.choices[:1]:
+                        finish = choice.finish_reason or finish
+                        delta = choice.delta
+                        if thought := getattr(delta, "reasoning_content", None):
+                            yield ReasoningDelta(thought)
+                        if delta.content:
+                            text.append(delta.content)
+                            yield TextDelta(delta.content)
+                        for part in delta.tool_calls or ():
+                            call = made.setdefault(
+                                part.index, {"id": "", "name": "", "arguments": ""}
+                            )
+                            call["id"] = part.id or call["id"]
+                            if part.function is not None:
+                                call["name"] += part.function.name or ""
+                                call["arguments"] += part.function.arguments or ""
+                                written = part.function.arguments or ""
+                                yield CallDelta(part.index, call["name"], written)
+        except (httpx2.TransportError, ValueError) as error:
+            raise TransportError(f"{self.base_url}: the stream broke ({error})") from None
+        if finish is None:
+            raise TransportError(f"{self.base_url}: the stream ended without a finish_reason")
+        calls = tuple(ToolCall(**made[index]) for index in sorted(made))
+        message = Message("assistant", "".join(text), calls)
+        yield Completion(message, usage, _finish(finish, calls))
+
+    async def _whole(self, client: Any, request: Request) -> Completion:
+        answer = await client.chat.completions.create(**_body(self.name, request))
+        if not answer.choices:
+            raise TransportError(f"{self.base_url}: an answer without choices")
+        choice = answer.choices[0]
+        calls = tuple(
+            ToolCall(call.id or "", call.function.name, call.function.arguments)
+            for call in choice.message.tool_calls or ()
+        )
+        message = Message("assistant", choice.message.content or "", calls)
+        usage = self._usage(answer.usage) if answer.usage is not None else Usage()
+        return Completion(message, usage, _finish(choice.finish_reason, calls))
+
+    def _usage(self, usage: Any) -> Usage:
+        details = usage.prompt_tokens_details
+        cached = (details.cached_tokens or 0) if details is not None else 0
+        read, written = usage.prompt_tokens, usage.completion_tokens
+        return Usage(read, written, cached, self.price.cost(read, written, cached))
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: reading them is 30 ms of CPU, and a client, which belongs to one event loop, is
+    made for each turn."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
+
+
+def _body(name: str, request: Request) -> dict[str, Any]:
+    settings = request.settings
+    body: dict[str, Any] = {
+        "model": name,
+        "messages": [to_openai(message) for message in request.messages],
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+        "seed": settings.seed,
+        "stop": list(settings.stop) or None,
+        "prompt_cache_key": request.session or None,
+    }
+    if request.tools:
+        body["tools"] = [
+            {
+                "type": "function",
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": dict(tool.parameters),
+                },
+            }
+            for tool in request.tools
+        ]
+        body["tool_choice"] = request.tool_choice
+    if request.schema is not None:
+        body["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": dict(request.schema), "strict": True},
+        }
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def _finish(reason: str | None, calls: tuple[ToolCall, ...]) -> Any:
+    # Some servers say "stop" after calls: the calls are what counts.
+    return "calls" if calls and reason != "length" else _FINISH.get(reason or "stop", "stop")
+
+
+def _retry_after(error: Any) -> float | None:
+    try:
+        return max(0.0, min(60.0, float(error.response.headers.get("retry-after"))))
+    except (TypeError, ValueError):
+        return None

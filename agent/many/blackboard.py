@@ -1,0 +1,80 @@
+"""A blackboard: specialists that watch shared entries and write when they have something to add.
+
+Nobody is told what to do; each specialist says when it can help. A round lets all who can, work on
+the same board side by side; the run ends when nobody can, and says so when a round changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from agent.many.patterns import Loop
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value on the board: who wrote it, and its version, from 1."""
+
+    value: Any
+    author: str
+    version: int
+
+
+@dataclass
+class Blackboard:
+    """Entries by key, and all that was ever written, in order."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    history: list[tuple[str, Entry]] = field(default_factory=list)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key."""
+        return self.entries[key].value if key in self.entries else default
+
+    def write(self, key: str, value: Any, author: str, seen: int | None = None) -> bool:
+        """Writes, unless the entry is no longer at the version `seen`; returns whether it did."""
+        version = self.entries[key].version if key in self.entries else 0
+        if seen is not None and seen != version:
+            return False
+        self.entries[key] = Entry(value, author, version + 1)
+        self.history.append((key, self.entries[key]))
+        return True
+
+
+@dataclass(frozen=True)
+class Specialist:
+    """`can` says whether it has something to add to the board; `work` returns what, by key."""
+
+    name: str
+    can: Callable[[Blackboard], bool]
+    work: Callable[[Blackboard], Awaitable[Mapping[str, Any]]]
+
+
+async def solve(board: Blackboard, specialists: Sequence[Specialist], rounds: int = 20) -> int:
+    """Runs rounds until nobody can add anything; returns how many it took. Of two that write one
+    key in a round the first in the list wins, the other may see that and try again. Raises Loop
+    when a round leaves every value as it was, or after `rounds`."""
+    for n in range(rounds):
+        able = [one for one in specialists if one.can(board)]
+        if not able:
+            return n
+        versions = {key: entry.version for key, entry in board.entries.items()}
+        before = {key: entry.value for key, entry in board.entries.items()}
+        made: dict[str, Mapping[str, Any]] = {}
+
+        async def work(one: Specialist, into: dict[str, Mapping[str, Any]] = made) -> None:
+            into[one.name] = await one.work(board)
+
+        async with anyio.create_task_group() as group:
+            for one in able:
+                group.start_soon(work, one)
+        for one in able:
+            for key, value in made[one.name].items():
+                board.write(key, value, one.name, versions.get(key, 0))
+        if {key: entry.value for key, entry in board.entries.items()} == before:
+            raise Loop(f"blackboard: {', '.join(o.name for o in able)} changed nothing")
+    raise Loop(f"blackboard: not settled after {rounds} rounds")

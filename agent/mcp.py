@@ -1,0 +1,219 @@
+"""The Model Context Protocol on the official SDK: others' tools imported, ours exported.
+
+    async with mcp_tools(StdioServerParameters(command="server")) as tools:
+        await run(Agent("a", model, tools=tools), "...")
+    await MCPServer([search, python_tool()]).run_stdio()
+
+An imported tool is a stranger's until said otherwise: its results taint, it counts as writing and
+as sending data away, whatever the server claims about it. Its description, which the model reads,
+can be pinned, so a server that changes it later is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from agent.drive import first_of
+from agent.execute import clean, execute
+from agent.messages import ToolCall
+from agent.policy import Policy, decide
+from agent.redact import Redactor
+from agent.tools import ANY_ARGUMENTS, ArgumentError, Context, Tool, ToolFailed
+from jaxinfra.errors import UserError
+
+_LONGEST = 4000  # characters of a description that a model reads
+
+
+class _Imported(Tool):
+    """A tool whose arguments are checked against the schema that its server gave. The schema is a
+    stranger's too: nothing it refers to is fetched, and its patterns, which can take for ever, are
+    left to the server."""
+
+    def parse(self, text: str) -> dict[str, Any]:
+        from jsonschema import exceptions, validators
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
+
+        values = super().parse(text)
+        schema = _without_patterns(self.schema)
+        validator = validators.validator_for(schema)(schema, registry=Registry())
+        try:
+            wrong = exceptions.best_match(validator.iter_errors(values))
+        except (Unresolvable, RecursionError) as error:
+            raise ArgumentError(
+                f"arguments of {self.name}: its schema is broken: {error}"
+            ) from None
+        if wrong is not None:
+            where = ".".join(map(str, wrong.absolute_path)) or "value"
+            raise ArgumentError(f"arguments of {self.name}: {where}: {wrong.message}")
+        return values
+
+
+def _without_patterns(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_without_patterns(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: _without_patterns(value) for key, value in schema.items()
+        if not (key == "pattern" and isinstance(value, str)) and key != "patternProperties"
+    }  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def mcp_tools(
+    server: Any, *, prefix: str = "", pins: Mapping[str, str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> AsyncIterator[tuple[Tool, ...]]:  # fmt: skip
+    """The tools of a server (what `mcp.Client` takes: a URL, StdioServerParameters, a server of
+    this process), while the block lasts.
+
+    `prefix` goes before their names. `options` are fields of Tool by the server's name for it, such
+    as {"search": {"effects": "pure"}}. `pins` are fingerprints by name (see `fingerprint`); a tool
+    that is missing from them or differs raises UserError.
+    """
+    from mcp import Client, MCPError
+
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                client = await stack.enter_async_context(Client(server))
+                found = await _listed(client)
+            except (MCPError, OSError, RuntimeError) as error:
+                raise UserError(f"MCP server {server}: {error}") from None
+            made = tuple(
+                _import(client, one, prefix, (options or {}).get(one.name, {})) for one in found
+            )
+            for one, tool in zip(found, made, strict=True):
+                if pins is not None and pins.get(one.name) != fingerprint(tool):
+                    raise UserError(
+                        f"MCP server {server}: {one.name!r} is not the tool that was pinned; "
+                        f"read its description, then pin {fingerprint(tool)}"
+                    )
+            yield made
+    except ExceptionGroup as errors:  # the SDK's task groups wrap what is raised in the block, too
+        raise first_of(errors) from None
+
+
+async def _listed(client: Any) -> list[Any]:
+    page = await client.list_tools()
+    found = list(page.tools)
+    while page.next_cursor:
+        page = await client.list_tools(cursor=page.next_cursor)
+        found += page.tools
+    return found
+
+
+def fingerprint(tool: Tool) -> str:
+    """A hash of all that a model is told about the tool, save its name."""
+    told = json.dumps([tool.description, dict(tool.spec.parameters)], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _import(client: Any, listed: Any, prefix: str, options: Mapping[str, Any]) -> Tool:
+    name = f"{prefix}{listed.name}".replace("-", "_").replace(".", "_")
+    if not name.isidentifier() or len(name) > 64:
+        raise UserError(f"MCP: a tool named {listed.name!r}; models know letters, digits and _")
+
+    from jsonschema import exceptions, validators
+
+    try:
+        validators.validator_for(listed.input_schema).check_schema(listed.input_schema)
+    except exceptions.SchemaError as error:
+        raise UserError(f"MCP: the schema of {listed.name!r} is none: {error.message}") from None
+
+    async def call(**arguments: Any) -> str:
+        from mcp import MCPError
+
+        try:
+            result = await client.call_tool(listed.name, arguments)
+        except MCPError as error:
+            raise ToolFailed(str(error)) from None
+        text = "\n".join(_text(block) for block in result.content)
+        if result.is_error:
+            raise ToolFailed(text or "it failed")
+        return text
+
+    imported = _Imported(
+        name, clean(listed.description or "", _LONGEST), call, ANY_ARGUMENTS,
+        effects="write", network=True, untrusted=True, schema=listed.input_schema,
+    )  # fmt: skip
+    return replace(imported, **options)
+
+
+def _text(block: Any) -> str:
+    if block.type == "text":
+        return block.text
+    size = len(getattr(block, "data", "") or "")
+    return f"[{block.type} {getattr(block, 'mime_type', None) or ''} {size} characters]"
+
+
+class MCPServer:
+    """Our tools as a server: `run_stdio`, or `http_app` for uvicorn.
+
+    `policy` decides as for an agent; what it would ask a person about is refused, as nobody sits
+    here. Secrets are taken out of results.
+    """
+
+    def __init__(
+        self, tools: Sequence[Tool], *, name: str = "jaxinfra", policy: Policy | None = None,
+        redactor: Redactor | None = None, deps: Any = None,
+    ):  # fmt: skip
+        from mcp.server.lowlevel import Server
+
+        self._tools = {tool.name: tool for tool in tools}
+        self._policy, self._redactor, self._deps = policy or Policy(), redactor or Redactor(), deps
+        self.server = Server(name, on_list_tools=self._list, on_call_tool=self._call)
+
+    async def run_stdio(self) -> None:
+        """Serves standard input and output until they close."""
+        from mcp.server.stdio import stdio_server
+
+        async with stdio_server() as (read, write):
+            await self.server.run(read, write, self.server.create_initialization_options())
+
+    def http_app(self, **options: Any) -> Any:
+        """An ASGI application that serves /mcp; `options` are those of the SDK."""
+        return self.server.streamable_http_app(**options)
+
+    async def _list(self, context: Any, params: Any) -> Any:
+        from mcp import types
+
+        return types.ListToolsResult(tools=[
+            types.Tool(
+                name=tool.name, description=tool.description,
+                input_schema=dict(tool.spec.parameters),
+                annotations=types.ToolAnnotations(
+                    read_only_hint=tool.effects == "pure", open_world_hint=tool.network,
+                    idempotent_hint=tool.effects != "write",
+                ),
+            )
+            for tool in self._tools.values()
+        ])  # fmt: skip
+
+    async def _call(self, context: Any, params: Any) -> Any:
+        from mcp import types
+
+        text, failed = await self._answer(params.name, json.dumps(params.arguments or {}))
+        block = types.TextContent(type="text", text=self._redactor.text(text))
+        return types.CallToolResult(content=[block], is_error=failed)
+
+    async def _answer(self, name: str, arguments: str) -> tuple[str, bool]:
+        tool = self._tools.get(name)
+        if tool is None:
+            return f"there is no tool {name!r}; there are: {', '.join(self._tools)}", True
+        with contextlib.suppress(ArgumentError):  # `execute` tells what is wrong with them
+            decision = decide(self._policy, tool, tool.parse(arguments), ())
+            if decision.action != "allow":
+                return f"not allowed: {decision.reason}", True
+
+        async def emit(event: Any) -> None:
+            pass
+
+        ended = await execute(tool, ToolCall("", name, arguments), Context(self._deps), emit)
+        return ended.content, ended.error is not None

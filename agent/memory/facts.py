@@ -1,0 +1,257 @@
+"""Long-term memory: what is to be known of one user, in one SQLite file of that user alone.
+
+A search ranks by words (FTS5, BM25) and by meaning (vectors), joins the two ranks (reciprocal rank
+fusion: Cormack et al., SIGIR 2009), and weighs what it found by recency and importance (Park et
+al., 2023, arXiv:2304.03442). O(n d) a search, as vectors are compared with all of the user's.
+
+Every fact says where it is from, and whether a stranger may have written it. A fact that follows
+from others is deleted with any of them. A deleted fact's bytes are overwritten in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from agent.memory.embed import Embedder, Ngrams
+from jaxinfra.errors import UserError
+
+Kind = Literal["fact", "episode", "procedure"]
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS fact (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, key TEXT, text TEXT NOT NULL,
+  source TEXT NOT NULL, origin TEXT UNIQUE, tainted INTEGER NOT NULL, importance REAL NOT NULL,
+  created REAL NOT NULL, ended REAL, used REAL NOT NULL, uses INTEGER NOT NULL DEFAULT 0,
+  vector BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS derived (
+  child INTEGER NOT NULL REFERENCES fact ON DELETE CASCADE, parent INTEGER NOT NULL,
+  PRIMARY KEY (child, parent)
+);
+CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(
+  text, content='fact', content_rowid='id', tokenize='porter unicode61'
+);
+"""
+_COLUMNS = "id, kind, key, text, source, tainted, importance, created, ended, uses"
+_FUSION = 60  # the constant of reciprocal rank fusion
+_HALF_LIFE = 30 * 86400.0  # seconds after which an unused fact counts half
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something remembered. `source` says where from; it held from `created` until `ended` (None:
+    it still does), in seconds since 1970. `tainted`: a stranger may have written it."""
+
+    id: int
+    kind: Kind
+    key: str | None
+    text: str
+    source: str
+    tainted: bool
+    importance: float
+    created: float
+    ended: float | None
+    uses: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A fact with its score; larger is better."""
+
+    fact: Fact
+    score: float
+
+
+class Memories:
+    """The memory in the file `path`. Safe to share between threads and processes."""
+
+    def __init__(
+        self, path: str | Path, embed: Embedder | None = None,
+        clock: Callable[[], float] = time.time,
+    ):  # fmt: skip
+        self.path = Path(path)
+        self._embed = embed or Ngrams()
+        self._clock = clock
+        self._alone = threading.RLock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
+        try:
+            for pragma in ("journal_mode=WAL", "secure_delete=ON", "foreign_keys=ON"):
+                self._db.execute(f"PRAGMA {pragma}")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise UserError(f"{self.path}: {error}; give another file for the memory") from None
+
+    @classmethod
+    def of_user(cls, folder: str | Path, user: str, embed: Embedder | None = None) -> Memories:
+        """The memory of one user. Users are files, so no query can reach another's."""
+        name = hashlib.sha256(user.encode()).hexdigest()[:32]
+        return cls(Path(folder) / f"{name}.memory", embed)
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._alone:
+            self._db.close()
+
+    def add(
+        self, text: str, *, source: str, kind: Kind = "fact", key: str | None = None,
+        importance: float = 0.5, tainted: bool = False, origin: str | None = None,
+        parents: Sequence[int] = (),
+    ) -> Fact:  # fmt: skip
+        """Remembers `text`. A `key` has one value at a time: the one before ends. The same `origin`
+        twice is one fact. Raises UserError for an empty text or an importance beyond 0 to 1."""
+        if not text.strip() or not 0 <= importance <= 1:
+            raise UserError(f"memory: {text[:40]!r}, {importance=}: give a text, and 0 to 1")
+        vector = self._embed([text])[0].astype("<f4").tobytes()
+        with self._alone, self._db as db:
+            if origin is not None and (known := self._where("origin = ?", origin)):
+                return known[0]
+            now = self._clock()
+            if key is not None:
+                db.execute("UPDATE fact SET ended = ? WHERE key = ? AND ended IS NULL", (now, key))
+            row = db.execute(
+                "INSERT INTO fact (kind, key, text, source, origin, tainted, importance, created,"
+                " used, vector) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (kind, key, text, source, origin, tainted, importance, now, now, vector),
+            )
+            db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (row.lastrowid, text))
+            db.executemany(
+                "INSERT INTO derived VALUES (?, ?)", [(row.lastrowid, parent) for parent in parents]
+            )
+            return self._where("id = ?", row.lastrowid)[0]
+
+    def all(self, *, kind: Kind | None = None, ended: bool = False) -> list[Fact]:
+        """What is remembered, the oldest first; with `ended` also what no longer holds."""
+        where = "(? IS NULL OR kind = ?)" + ("" if ended else " AND ended IS NULL")
+        with self._alone:
+            return self._where(where, kind, kind)
+
+    def value(self, key: str, at: float | None = None) -> Fact | None:
+        """The fact that `key` has, or had at the time `at`."""
+        when = self._clock() if at is None else at
+        where = "key = ? AND created <= ? AND (ended IS NULL OR ended > ?)"
+        with self._alone:
+            return next(iter(self._where(where + " ORDER BY id DESC", key, when, when)), None)
+
+    def search(self, query: str, *, most: int = 5, kind: Kind | None = None) -> list[Found]:
+        """The facts that hold and fit the query, best first; what is found counts as used."""
+        wanted = self._embed([query])[0]
+        with self._alone, self._db as db:
+            rows = db.execute(
+                "SELECT id, used, vector FROM fact"
+                " WHERE ended IS NULL AND (? IS NULL OR kind = ?) ORDER BY id", (kind, kind),
+            ).fetchall()  # fmt: skip
+            if not rows:
+                return []
+            ids = [row[0] for row in rows]
+            near = np.stack([np.frombuffer(row[2], "<f4") for row in rows]) @ wanted
+            by_meaning = [ids[i] for i in np.argsort(-near, kind="stable") if near[i] > 0.1]
+            allowed = set(ids)
+            ranks = (by_meaning[:50], [i for i in self._by_words(query) if i in allowed][:50])
+            relevance: dict[int, float] = {}
+            for ranked in ranks:
+                for place, id in enumerate(ranked):
+                    relevance[id] = relevance.get(id, 0.0) + (_FUSION + 1) / (_FUSION + 1 + place)
+            now, used = self._clock(), {row[0]: row[1] for row in rows}
+            facts = {fact.id: fact for id in relevance for fact in self._where("id = ?", id)}
+            scored = [
+                Found(fact, relevance[id] * (0.5 + fact.importance) * _recency(now - used[id]))
+                for id, fact in facts.items()
+            ]
+            best = sorted(scored, key=lambda found: (-found.score, found.fact.id))[:most]
+            db.executemany(
+                "UPDATE fact SET used = ?, uses = uses + 1 WHERE id = ?",
+                [(now, found.fact.id) for found in best],
+            )
+        return best
+
+    def delete(self, ids: Sequence[int]) -> int:
+        """Deletes facts and all that follows from them, for good; returns how many went."""
+        with self._alone:
+            with self._db as db:
+                doomed, todo = set(), list(ids)
+                while todo:
+                    id = todo.pop()
+                    if id not in doomed:
+                        doomed.add(id)
+                        query = "SELECT child FROM derived WHERE parent = ?"
+                        todo += [row[0] for row in db.execute(query, (id,))]
+                rows = [(id,) for id in doomed]
+                count = "SELECT count(*) FROM fact"
+                before = db.execute(count).fetchone()[0]
+                db.executemany("DELETE FROM fact WHERE id = ?", rows)
+                gone = before - db.execute(count).fetchone()[0]
+                db.executemany("DELETE FROM derived WHERE parent = ?", rows)
+                # Words of a deleted text stay in an index that is only marked: make it anew.
+                db.execute("INSERT INTO words (words) VALUES ('rebuild')")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return gone
+
+    def forget(self, most: int) -> int:
+        """Keeps the `most` facts that are worth most by importance, use and recency, and deletes
+        the others; returns how many went. Of a key's values those that ended go first."""
+        with self._alone:
+            rows = self._db.execute(
+                "SELECT id, importance, uses, used, ended FROM fact ORDER BY id"
+            ).fetchall()
+            now = self._clock()
+            worth = {
+                id: ((ended is None), (0.5 + importance) * (1 + uses) ** 0.5 * _recency(now - used))
+                for id, importance, uses, used, ended in rows
+            }
+            least = sorted(worth, key=lambda id: (worth[id], id))[: max(0, len(rows) - most)]
+            return self.delete(least) if least else 0
+
+    def consolidate(self, near: float = 0.9) -> int:
+        """Joins facts that say nearly the same (cosine at least `near`): the newest stays, as
+        important as the most important and as tainted as any; returns how many went."""
+        with self._alone:
+            rows = self._db.execute(
+                "SELECT id, vector, importance, tainted FROM fact"
+                " WHERE ended IS NULL AND key IS NULL AND kind = 'fact' ORDER BY id DESC"
+            ).fetchall()
+            kept: list[tuple[int, np.ndarray]] = []
+            gone: list[int] = []
+            with self._db as db:
+                for id, blob, importance, tainted in rows:
+                    vector = np.frombuffer(blob, "<f4")
+                    twin = next((k for k, other in kept if float(vector @ other) >= near), None)
+                    if twin is None:
+                        kept.append((id, vector))
+                        continue
+                    gone.append(id)
+                    db.execute(
+                        "UPDATE fact SET importance = max(importance, ?), tainted = max(tainted, ?)"
+                        " WHERE id = ?", (importance, tainted, twin),
+                    )  # fmt: skip
+            return self.delete(gone) if gone else 0
+
+    def _by_words(self, query: str) -> list[int]:
+        words = re.findall(r"\w+", query)
+        if not words:
+            return []
+        match = " OR ".join(f'"{word}"' for word in words)
+        rows = self._db.execute(
+            "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid", (match,)
+        )
+        return [row[0] for row in rows]
+
+    def _where(self, where: str, *values: object) -> list[Fact]:
+        order = "" if "ORDER" in where else " ORDER BY id"
+        rows = self._db.execute(f"SELECT {_COLUMNS} FROM fact WHERE {where}{order}", values)
+        named = (dict(zip(_COLUMNS.split(", "), row, strict=True)) for row in rows)
+        return [Fact(**{**row, "tainted": bool(row["tainted"])}) for row in named]
+
+
+def _recency(age: float) -> float:
+    return 0.5 ** (max(0.0, age) / _HALF_LIFE)

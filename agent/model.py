@@ -1,0 +1,138 @@
+"""The one interface between the loop and whatever produces text.
+
+A model turns a `Request` into a stream: any number of deltas, then exactly one `Completion`, which
+alone counts. The request always holds the whole conversation. A model that owns its tokens (an
+engine in this process) keys its cache by `Request.session` and reads `Message.tokens` of its own
+earlier turns, so it encodes nothing but the messages that are new; one behind HTTP ignores both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from agent.messages import Message
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """A tool as the model sees it; `parameters` is a JSON schema of an object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw an answer; None leaves the choice to the model."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One turn that is asked of a model.
+
+    `session` names the conversation: a cache key, never content. `schema` forces the whole answer
+    into a JSON schema. `tool_choice` "required" forces a call, "none" forbids it.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[ToolSpec] = ()
+    tool_choice: Literal["auto", "required", "none"] = "auto"
+    settings: Settings = field(default_factory=Settings)
+    schema: Mapping[str, Any] | None = None
+    session: str = ""
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of the answer's text."""
+
+    text: str
+    type: Literal["text_delta"] = "text_delta"
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """A piece of what a reasoning model thinks aloud; it never enters the conversation."""
+
+    text: str
+    type: Literal["reasoning_delta"] = "reasoning_delta"
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A piece of the arguments of the call number `index` of this turn."""
+
+    index: int
+    name: str
+    arguments: str
+    type: Literal["call_delta"] = "call_delta"
+
+
+Delta = TextDelta | ReasoningDelta | CallDelta
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one turn; `cached` of the `input` ones were not computed again. `cost` in dollars,
+    or in whatever unit the model's price is given."""
+
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The end of a turn. `finish` "length" means that the text was cut at `max_tokens`."""
+
+    message: Message
+    usage: Usage = field(default_factory=Usage)
+    finish: Literal["stop", "calls", "length", "filter"] = "stop"
+
+
+class Model(Protocol):
+    """Anything that can take a turn."""
+
+    @property
+    def name(self) -> str:
+        """Which model it is, for journals, traces and prices."""
+        ...
+
+    def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
+        """Yields deltas, then one Completion.
+
+        Raises TransportError where the same request may succeed later, UserError where it never
+        will. Closing the iterator early must stop the work behind it.
+        """
+        ...
+
+
+class TransportError(Exception):
+    """The model could not be reached, or asked to be left alone for `after` seconds."""
+
+    def __init__(self, message: str, after: float | None = None):
+        super().__init__(message)
+        self.after = after
+
+
+@dataclass(frozen=True)
+class Price:
+    """Dollars a million tokens."""
+
+    input: float = 0.0
+    output: float = 0.0
+    cached: float = 0.0
+
+    def cost(self, input: int, output: int, cached: int) -> float:
+        """What a turn costs; `cached` tokens are part of `input` ones and priced apart."""
+        return ((input - cached) * self.input + cached * self.cached + output * self.output) / 1e6

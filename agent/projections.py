@@ -1,0 +1,123 @@
+"""What a journal tells: where the time went, what it cost, how it was at any earlier point.
+
+All of it is computed from events when it is asked for; `agent.state.fold` gives the conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from agent.events import (
+    ApprovalDecided,
+    ApprovalRequested,
+    Forked,
+    HandedOff,
+    ModelResponded,
+    Recorded,
+    RunFinished,
+    RunStarted,
+    ToolFinished,
+    ToolStarted,
+)
+from agent.state import State, fold
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of time, in seconds since 1970, that the event number `seq` ended."""
+
+    kind: Literal["run", "model", "tool", "approval"]
+    name: str
+    start: float
+    end: float
+    seq: int = 0
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def state_at(events: Sequence[Recorded], seq: int) -> State:
+    """The session as it was after its event number `seq`."""
+    return fold(recorded for recorded in events if recorded.seq <= seq)
+
+
+def spans(events: Sequence[Recorded]) -> list[Span]:
+    """The runs, the model's turns, the tools and the waits for a person, by their beginnings. What
+    never ended (a crash) ends with the journal and says so."""
+    made: list[Span] = []
+    open_spans: dict[tuple[str, str], Span] = {}
+    agent = ""
+
+    def close(kind: str, id: str, last: Recorded, **attributes: Any) -> None:
+        begun = open_spans.pop((kind, id), None)
+        if begun is not None:
+            known = {**begun.attributes, **attributes}
+            made.append(replace(begun, end=last.time, seq=last.seq, attributes=known))
+
+    for recorded in events:
+        at, event = recorded.time, recorded.event
+        match event:
+            case RunStarted():
+                agent = event.agent
+                open_spans["run", ""] = Span("run", agent, at, at)
+            case HandedOff():
+                agent = event.agent
+            case ModelResponded():
+                usage = event.usage
+                known = {
+                    "agent": agent, "input": usage.input, "output": usage.output,
+                    "cached": usage.cached, "cost": usage.cost, "finish": event.finish,
+                }  # fmt: skip
+                made.append(Span("model", event.model, at - event.seconds, at, recorded.seq, known))
+            case ToolStarted():
+                known = {"agent": agent, "call_id": event.call_id}
+                open_spans["tool", event.call_id] = Span("tool", event.name, at, at, 0, known)
+            case ToolFinished():
+                close("tool", event.call_id, recorded, error=event.error, tainted=event.tainted,
+                      size=len(event.content))  # fmt: skip
+                if made and made[-1].seq == recorded.seq:  # a pure call's beginning is kept late
+                    made[-1] = replace(made[-1], start=recorded.time - event.seconds)
+            case ApprovalRequested():
+                name = event.call.name
+                open_spans["approval", event.call.id] = Span("approval", name, at, at)
+            case ApprovalDecided():
+                close("approval", event.call_id, recorded, approved=event.approved)
+            case RunFinished():
+                close("run", "", recorded, reason=event.reason)
+    for kind, id in list(open_spans):
+        close(kind, id, events[-1], unfinished=True)
+    return sorted(made, key=lambda span: span.start)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an agent's turns with a model used, or its calls of a tool. Tokens and `cost` are the
+    model's; `seconds` are time in which it worked."""
+
+    agent: str
+    name: str
+    times: int = 0
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+
+
+def costs(events: Sequence[Recorded]) -> list[Cost]:
+    """One line an agent and model, and an agent and tool. A fork counts only what it did itself,
+    so that the sum over all sessions is what was spent."""
+    first = max((r.seq for r in events if isinstance(r.event, Forked)), default=0)
+    lines: dict[tuple[str, str], Cost] = {}
+    for span in spans(events):
+        if span.kind not in ("model", "tool") or span.seq <= first:
+            continue
+        key = (span.attributes["agent"], span.name)
+        line = lines.get(key, Cost(*key))
+        told = span.attributes
+        lines[key] = replace(
+            line, times=line.times + 1, seconds=line.seconds + span.end - span.start,
+            input=line.input + told.get("input", 0), output=line.output + told.get("output", 0),
+            cached=line.cached + told.get("cached", 0), cost=line.cost + told.get("cost", 0.0),
+        )  # fmt: skip
+    return list(lines.values())

@@ -1,0 +1,165 @@
+"""Where a session stands: a pure fold over its events.
+
+The loop decides its next step from this value alone. That is why resuming is no special case: a
+process that died left a journal, its fold is the same state, and the same next step follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from agent.events import (
+    ApprovalDecided,
+    ApprovalRequested,
+    Compressed,
+    Forked,
+    HandedOff,
+    ModelResponded,
+    OutputRejected,
+    Recorded,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    ToolFinished,
+    ToolStarted,
+)
+from agent.messages import Message, ToolCall, user
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What the current run has used; `seconds` is time in which some process drove it."""
+
+    turns: int = 0
+    tool_calls: int = 0
+    tokens: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class State:
+    """The fold of a session's events.
+
+    `started` maps the calls of this turn that some process began to their keys, `results` those
+    that ended to what the model is told. `asked` are calls that wait for a person, `decided` the
+    answers. `finish` is how the last turn ended. `tainted_by` names the
+    tools whose results a stranger may have written.
+    """
+
+    seq: int = 0
+    time: float = 0.0
+    agent: str = ""
+    instructions: str = ""
+    messages: tuple[Message, ...] = ()
+    started: Mapping[str, str] = field(default_factory=dict)
+    results: Mapping[str, ToolFinished] = field(default_factory=dict)
+    asked: Mapping[str, ApprovalRequested] = field(default_factory=dict)
+    decided: Mapping[str, ApprovalDecided] = field(default_factory=dict)
+    tainted_by: tuple[str, ...] = ()
+    finish: str = ""
+    rejected: int = 0
+    runs: int = 0
+    spent: Spent = field(default_factory=Spent)
+    finished: RunFinished | None = None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """All that the model reads in its next turn."""
+        system = (Message("system", self.instructions),) if self.instructions else ()
+        return (*system, *self.messages)
+
+    @property
+    def pending(self) -> tuple[ToolCall, ...]:
+        """The calls of the last turn that have no result yet, in the model's order."""
+        last = self.messages[-1] if self.messages else None
+        calls = last.calls if last is not None else ()
+        return tuple(call for call in calls if call.id not in self.results)
+
+    @property
+    def waiting(self) -> tuple[ApprovalRequested, ...]:
+        """The approvals that nobody has given or refused yet."""
+        return tuple(r for id, r in self.asked.items() if id not in self.decided)
+
+
+def evolve(state: State, recorded: Recorded) -> State:
+    """The state after one more event."""
+    event = recorded.event
+    unwatched = isinstance(event, Resumed | RunStarted | ApprovalDecided | Forked)
+    gap = 0.0 if unwatched or not state.time else max(0.0, recorded.time - state.time)
+    spent = replace(state.spent, seconds=state.spent.seconds + gap)
+    state = replace(state, seq=recorded.seq, time=recorded.time, spent=spent)
+    match event:
+        case RunStarted():
+            return replace(
+                state, agent=event.agent, instructions=event.instructions,
+                messages=state.messages + event.messages, rejected=0, runs=state.runs + 1,
+                tainted_by=tuple(dict.fromkeys((*state.tainted_by, *event.tainted_by))),
+                spent=Spent(), finished=None, asked={}, decided={},
+            )  # fmt: skip
+        case ModelResponded():
+            used = replace(
+                spent, turns=spent.turns + 1,
+                tokens=spent.tokens + event.usage.input + event.usage.output,
+                cost=spent.cost + event.usage.cost,
+            )  # fmt: skip
+            return replace(
+                state, messages=(*state.messages, event.message), spent=used,
+                started={}, results={}, finish=event.finish,
+            )  # fmt: skip
+        case OutputRejected():
+            feedback = () if event.call_id else (user(event.feedback),)
+            return replace(state, messages=state.messages + feedback, rejected=state.rejected + 1)
+        case ToolStarted():
+            used = spent
+            if event.call_id not in state.started:
+                used = replace(spent, tool_calls=spent.tool_calls + 1)
+            return replace(state, started={**state.started, event.call_id: event.key}, spent=used)
+        case ToolFinished():
+            return _finish_call(state, event)
+        case ApprovalRequested():
+            return replace(state, asked={**state.asked, event.call.id: event})
+        case ApprovalDecided():
+            return replace(state, decided={**state.decided, event.call_id: event})
+        case HandedOff():
+            return replace(state, agent=event.agent, instructions=event.instructions)
+        case Resumed() if state.finished is not None and state.finished.reason != "done":
+            # What a limit or a cancellation cut in the middle is void: the turn is taken again.
+            kept = state.messages[:-1] if state.finish == "cut" else state.messages
+            return replace(state, messages=kept, finish="", finished=None)
+        case Compressed():
+            used = replace(
+                spent, tokens=spent.tokens + event.usage.input + event.usage.output,
+                cost=spent.cost + event.usage.cost,
+            )  # fmt: skip
+            return replace(state, messages=event.messages, spent=used)
+        case Forked():
+            return replace(state, spent=Spent())
+        case RunFinished():
+            return replace(state, finished=event)
+        case _:
+            return state
+
+
+def _finish_call(state: State, event: ToolFinished) -> State:
+    results = {**state.results, event.call_id: event}
+    calls = state.messages[-1].calls
+    tainted_by = state.tainted_by
+    if event.tainted:
+        name = next(call.name for call in calls if call.id == event.call_id)
+        tainted_by = tuple(dict.fromkeys((*tainted_by, name)))
+    state = replace(state, results=results, tainted_by=tainted_by)
+    if any(call.id not in results for call in calls):
+        return state
+    # Calls end in any order; the conversation has theirs, so that a replay has the same prefix.
+    answers = tuple(Message("tool", results[call.id].content, call_id=call.id) for call in calls)
+    return replace(state, messages=state.messages + answers)
+
+
+def fold(events: Iterable[Recorded], state: State | None = None) -> State:
+    """The state after all of `events`."""
+    state = state or State()
+    for recorded in events:
+        state = evolve(state, recorded)
+    return state

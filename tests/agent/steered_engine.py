@@ -1,0 +1,103 @@
+"""A real engine on random weights, for tests of the model over it; a script may choose answers."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+
+import anyio
+import numpy as np
+
+from agent.engine_model import EngineModel
+from agent.model import Settings
+from decode.config import EngineConfig
+from decode.engine import Engine
+from decode.request import Grammar
+from decode.runner import Runner
+from jaxinfra.text import Tokenizer
+from tests.agent.compat_server import TEMPLATE
+from tests.agent.test_models import turn
+from tests.decode import engines
+
+SIZES = EngineConfig(
+    max_len=2048, page_size=16, pages=256, max_running=16, budget=16, invariant=True
+)  # fmt: skip
+BYTES = Tokenizer.byte_level()
+TOKENIZER = Tokenizer(BYTES.backend, BYTES.special, BYTES.eos_ids, TEMPLATE)
+SHORT = Settings(max_tokens=12, temperature=0.8, seed=5)
+ENDLESS = Settings(max_tokens=1500, seed=3)
+
+
+@functools.cache
+def runner() -> Runner:
+    """Invariant: one program."""
+    config = dataclasses.replace(engines.CONFIG, max_seq_len=2048)
+    made = Runner(engines.params(), config, SIZES)
+    made.finish()
+    return made
+
+
+class Steered(Engine):
+    """An engine whose answers a script may choose, drawn token by token all the same.
+
+    `seen` holds the requests, `told` the outputs; `copied` counts pages, `seconds` are of steps.
+    """
+
+    def __init__(self, script=None, **changes):
+        super().__init__(runner(), TOKENIZER, dataclasses.replace(SIZES, **changes))
+        self.script, self.seen, self.told, self.copied = script, [], [], 0
+        self.seconds = 0.0
+
+    def add(self, request):
+        wanted = self.script and self.script(TOKENIZER.decode(request.prompt))
+        endless = request.params.max_tokens == ENDLESS.max_tokens
+        params = dataclasses.replace(request.params, logprobs=0, ignore_eos=endless)
+        if wanted:
+            grammar = Grammar("choice", json.dumps([wanted]))
+            params = dataclasses.replace(params, grammar=grammar)
+        request = dataclasses.replace(request, params=params)
+        super().add(request)
+        self.seen.append(request)
+
+    def _dispatch(self, plan, drafting):
+        self.copied += len(plan.copies)
+        return super()._dispatch(plan, drafting)
+
+    def step(self):
+        began = time.perf_counter()
+        outputs = super().step()
+        self.seconds += time.perf_counter() - began
+        self.told += outputs
+        return outputs
+
+    def bits(self, id):
+        """Tokens of an answer with the bits of their log-probabilities."""
+        said = [one for o in self.told if o.request_id == id for one in o.logprobs or ()]
+        return [(t, np.float32(p).view(np.int32).item()) for one in said for t, p in one.items()]
+
+
+@contextlib.contextmanager
+def serving(script=None, tokenizer=TOKENIZER, lease=60.0, leased=0.5, **changes):
+    engine = Steered(script, **changes)
+    with EngineModel(engine, tokenizer, "tiny", lease=lease, leased=leased) as model:
+        yield model, engine
+    engine.pool.check()
+
+
+def taken(model, *requests):
+    """The completions of requests that are made side by side."""
+
+    async def main():
+        ends: list[Any] = [None] * len(requests)
+
+        async def one(i, request):
+            ends[i] = (await turn(model, request))[1]
+
+        async with anyio.create_task_group() as group:
+            for i, request in enumerate(requests):
+                group.start_soon(one, i, request)
+        return ends
+
+    return anyio.run(main)
