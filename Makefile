@@ -9,7 +9,7 @@ TRITON ?= triton==3.6.0
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
-.PHONY: help tour test parity chips check bench tables docs clean
+.PHONY: help tour test slow parity chips check bench tables docs clean
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
@@ -37,13 +37,16 @@ tour: $(VENV)/.made   ## the stack, bottom to top, on this machine; ends in tour
 	$(BIN)/jaxinfra tour
 
 test: $(VENV)/.test   ## the tests, on eight emulated CPU devices
-	$(BIN)/python -m pytest -n auto -m 'not live and not network and not chips' $(ARGS)
+	$(BIN)/python -m pytest -n auto -m 'not slow and not live and not network and not chips' $(ARGS)
+
+slow: $(VENV)/.test   ## the tests that take longer: whole grids, training to a bound, kills
+	$(BIN)/python -m pytest -n auto -m 'slow and not live and not network and not chips' $(ARGS)
 
 parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, compile Triton, and use real weights
 	$(BIN)/python -m pytest -n 2 -m 'live or network' $(ARGS)
 
-chips: $(VENV_TPU)/.made   ## compiles the TPU kernels for a v5e, a v5p and a v6e that are not here (libtpu, 700 MB)
-	$(VENV_TPU)/bin/python -m pytest -n 2 -m chips tests/pallas_kernels $(ARGS)
+chips: $(VENV_TPU)/.made   ## compiles TPU kernels and training steps for v5e, v5p and v6e that are not here (libtpu, 700 MB)
+	$(VENV_TPU)/bin/python -m pytest -n 2 -m chips tests/pallas_kernels tests/parallel $(ARGS)
 
 check: $(VENV)/.test  ## format, lint, types, layers, tables
 	$(BIN)/ruff format --check .

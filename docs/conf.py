@@ -22,6 +22,7 @@ myst_heading_anchors = 2
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 default_role = "code"
+suppress_warnings = ["ref.python"]  # annotations say Model, and several layers have one
 
 html_theme = "sphinx_book_theme"
 html_title = project
