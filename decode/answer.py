@@ -28,6 +28,7 @@ class Answer:
         self._text = Text(tokenizer, params.stop) if tokenizer else None
         self._eos = frozenset() if params.ignore_eos else eos
         self._ends = frozenset(params.stop_token_ids) | eos
+        self._free = params.lazy  # whether the next token is drawn without the grammar
         self._tokens: list[int] = []
         self._prompt: list[dict[int, float] | None] = [None]
         self._told_prompt = False
@@ -37,9 +38,14 @@ class Answer:
         """Tokens so far."""
         return len(self._tokens)
 
+    @property
+    def watched(self) -> bool:
+        """Whether the next token must be drawn by `fill`."""
+        return self._params.watched or (self._params.lazy and not self._free)
+
     def fill(self, row: np.ndarray) -> None:
         """Writes what may come next into a mask's row of ones (`decode.grammar.Matcher.fill`)."""
-        if self._matcher is not None:
+        if self._matcher is not None and not self._free:
             self._matcher.fill(row)
         banned = set(self._ends) if self.count < self._params.min_tokens else set()
         for word in self._params.bad_words:
@@ -64,7 +70,11 @@ class Answer:
             self._prompt.append(found | {prompt[i + 1]: float(logps[place])})
 
     def take(self, new: list[int], logps: list[float], likeliest: list[dict[int, float]]) -> Output:
-        """What `new` tokens add. The first that ends the answer is its last."""
+        """What `new` tokens add. The first that ends the answer is its last.
+
+        Those after one behind which a lazy grammar holds, and one that it does not allow, are not
+        taken: they are to be drawn again.
+        """
         text, reason, stop = "", None, None
         kept: list[int] = []
         for token in new:
@@ -75,7 +85,12 @@ class Answer:
                     "nothing may follow: what is allowed and what is not leave no token"
                 )
             if not self._follows(token):
-                raise ValueError(f"grammar: token {token} does not follow")
+                if not self._free:
+                    raise ValueError(f"grammar: token {token} does not follow")
+                self._free = False
+                del kept[-1], self._tokens[-1]
+                break
+            self._free = self._params.lazy and self._may_end
             early = self.count <= self._params.min_tokens
             if token in self._eos or token in self._params.stop_token_ids:
                 reason = "stop"
@@ -89,7 +104,7 @@ class Answer:
                 reason = "stop"
             if reason is None and self.count == self._params.max_tokens:
                 reason = "length"
-            if reason is not None:
+            if reason is not None or (self._params.lazy and not self._free):
                 break
         if reason is not None and self._text is not None and not isinstance(stop, str):
             rest, found = self._text.finish()
@@ -98,8 +113,16 @@ class Answer:
                 reason, stop = "stop", found
         return self._output(text, kept, reason, stop, self._logprobs(kept, logps, likeliest))
 
+    @property
+    def _may_end(self) -> bool:
+        return self._matcher is None or self._matcher.may_end
+
     def _follows(self, token: int) -> bool:
-        return self._matcher is None or token in self._eos or self._matcher.accept(token)
+        if self._matcher is None or token in self._eos:
+            return True
+        if self._free and (token in self._ends or self._matcher.silent(token)):
+            return True
+        return self._matcher.accept(token)
 
     def broken_off(self, reason: FinishReason, error: str | None) -> Output:
         """The last output of an answer that did not come to its end."""

@@ -72,7 +72,7 @@ def mask(
     """
     watched = [
         (i, chunk.sequence) for i, chunk in enumerate(plan.chunks)
-        if chunk.makes and chunk.sequence.request.params.watched
+        if chunk.makes and chunk.sequence.watched
     ]  # fmt: skip
     if not watched:
         return None

@@ -240,7 +240,7 @@ class Engine:
         return ready and self._guesses.pay(len(self.scheduler.running))
 
     def _watching(self) -> bool:
-        return any(s.request.params.watched for s in self.scheduler.running)
+        return any(s.watched for s in self.scheduler.running)
 
     def _steps_a_call(self) -> int:
         """Tokens a row, as many as programs for it are there."""
@@ -307,7 +307,7 @@ class Engine:
     def _told(self, flight: Flight, made: Made) -> list[Output]:
         sequence = made.chunk.sequence
         answer = self._answers.get(sequence)
-        if answer is None:
+        if answer is None or made.chunk.stale:
             return []
         try:
             if sequence.request.params.prompt_logprobs is not None:
@@ -317,8 +317,11 @@ class Engine:
             output = answer.take(made.tokens, made.logps, made.likeliest)
         except Exception as error:
             return [self._end(sequence, "error", f"{type(error).__name__}: {error}")]
+        sequence.watched, length = answer.watched, len(sequence.request.prompt) + answer.count
+        if answer.watched and len(sequence.tokens) > length:
+            self.scheduler.cut(sequence, length)
         if output.finish_reason is not None:
-            del sequence.tokens[len(sequence.request.prompt) + answer.count :]
+            del sequence.tokens[length:]
             self.scheduler.end(sequence)
             self._forget(sequence)
         return [output]

@@ -32,8 +32,8 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 class Matcher:
     """Where one sequence stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
+        self._matcher, self._tokenizer = matcher, tokenizer
 
     def fill(self, row: Int32[np.ndarray, " W"]) -> None:
         """Writes the tokens that may come next: bit i % 32 of word i // 32 is token i.
@@ -59,6 +59,15 @@ class Matcher:
         """Whether nothing but the end may follow."""
         return self._matcher.is_stopped()
 
+    @property
+    def may_end(self) -> bool:
+        """Whether what was accepted is an answer, be there more that may follow."""
+        return self._matcher.is_accepting()
+
+    def silent(self, token: int) -> bool:
+        """Whether `token` writes nothing, as those that mark a conversation's parts."""
+        return self._tokenizer.is_special_token(token)
+
 
 class Compiler:
     """Grammars to matchers for one tokenizer and a model with `vocab_size` rows of logits."""
@@ -76,7 +85,7 @@ class Compiler:
         made = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
         if made.is_error():
             raise ValueError(f"{grammar.kind}: {_first_line(made.get_error())}")
-        return Matcher(made)
+        return Matcher(made, self._tokenizer)
 
 
 def _source(grammar: Grammar) -> str:

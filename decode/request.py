@@ -21,10 +21,15 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must match; `text` is the schema, the pattern, a JSON list or the grammar."""
+    """What an answer must match; `text` is the schema, the pattern, a JSON list or the grammar.
+
+    A `lazy` one masks nothing where the answer may end, as in the words around tool calls, and so
+    costs nothing there; a token that does not fit there is drawn again.
+    """
 
     kind: Literal["json_schema", "regex", "choice", "lark"]
     text: str
+    lazy: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,14 @@ class SamplingParams:
 
     @property
     def watched(self) -> bool:
-        """Whether the host must see each token before it can say which may come next."""
-        return self.grammar is not None or bool(self.bad_words) or self.min_tokens > 0
+        """Whether the host must always see a token before it can say which may come next."""
+        held = self.grammar is not None and not self.lazy
+        return held or bool(self.bad_words) or self.min_tokens > 0
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the grammar is; not where penalties would count a token that is drawn again."""
+        return self.grammar is not None and self.grammar.lazy and not self.penalised
 
     @property
     def penalised(self) -> bool:

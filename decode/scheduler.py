@@ -41,6 +41,8 @@ class Sequence:
     slot: int = -1  # its own among those that run
     cached: int = 0  # prompt tokens that the prefix cache had, the first time
     epoch: int = 0  # of the prefix cache, when its pages began to be computed
+    watched: bool = False  # the host must see its last token before the next is drawn
+    cuts: int = 0  # times that tokens under way were given up
     ended: bool = False
 
     @property
@@ -57,6 +59,11 @@ class Sequence:
     def pending(self) -> bool:
         """Whether the host does not know its last token yet."""
         return self.tokens[-1] == PENDING
+
+    @property
+    def plain(self) -> bool:
+        """Whether its next token has a temperature and no other wish."""
+        return self.request.params.plain and not self.watched
 
     @property
     def known(self) -> list[int]:
@@ -78,6 +85,12 @@ class Chunk:
     count: int
     makes: int
     drafts: tuple[int, ...] = ()
+    cuts: int = 0  # of the sequence, when it was planned
+
+    @property
+    def stale(self) -> bool:
+        """Whether the sequence was cut since, so that nobody wants what it makes."""
+        return self.cuts != self.sequence.cuts
 
     @property
     def end(self) -> int:
@@ -160,7 +173,9 @@ class Scheduler:
             self._numbers += 1
             first = added[0] if added else None
             prompt, table = list(request.prompt), Table(self.pool)
-            added.append(Sequence(request, index, self._numbers, prompt, table, first))
+            made = Sequence(request, index, self._numbers, prompt, table, first)
+            made.watched = request.params.watched
+            added.append(made)
         self.waiting += added
         return added
 
@@ -232,11 +247,18 @@ class Scheduler:
         """
         for chunk, tokens in zip(plan.chunks, made, strict=True):
             sequence = chunk.sequence
-            if sequence.ended:
+            if sequence.ended or chunk.stale:
                 continue
             sequence.tokens[chunk.end : chunk.end + chunk.makes] = tokens
             if len(tokens) < chunk.makes and sequence.slot >= 0:
                 sequence.table.shrink(len(sequence.tokens) - 1)
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        """Takes back the sequence's tokens from `length` on, and what is under way for it."""
+        del sequence.tokens[length:]
+        sequence.cuts += 1
+        if sequence.table.length >= length:
+            sequence.table.shrink(length - 1)
 
     def _missing(self, sequence: Sequence) -> int:
         return len(sequence.tokens) - sequence.table.length
@@ -245,7 +267,7 @@ class Scheduler:
         """`steps` where all rows can make so many and nothing else is to be done, else 1."""
         if steps == 1 or not self.steady or len(ranked) < len(self.running):
             return 1
-        if any(s.request.params.watched for s in ranked):
+        if any(s.watched for s in ranked):
             return 1
         wanted = sum(s.table.missing(min(steps, s.left)) for s in ranked)
         short = wanted - self.pool.free
@@ -260,7 +282,7 @@ class Scheduler:
         missing = self._missing(sequence)
         count = min(missing, left)
         params = sequence.request.params
-        if count < missing or params.watched or params.penalised:  # a wrong draft would be counted
+        if count < missing or sequence.watched or params.penalised:  # wrong ones would be counted
             drafts = ()
         drafts = drafts[: sequence.left - 1]
         makes = min(max(plan.steps, 1 + len(drafts)), sequence.left) if count == missing else 0
@@ -269,7 +291,7 @@ class Scheduler:
             return 0
         start = sequence.table.length
         plan.copies += sequence.table.grow(grown)
-        plan.chunks.append(Chunk(sequence, start, count, makes, drafts))
+        plan.chunks.append(Chunk(sequence, start, count, makes, drafts, sequence.cuts))
         self.policy.served(sequence, grown)
         prompt = len(sequence.request.prompt)
         if start < prompt <= start + count:
@@ -332,4 +354,4 @@ class Scheduler:
 
 def _can_go_on(sequence: Sequence) -> bool:
     """Whether it has tokens to make, and the host knows what it must know for the next."""
-    return sequence.left > 0 and not (sequence.pending and sequence.request.params.watched)
+    return sequence.left > 0 and not (sequence.pending and sequence.watched)
