@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from agent.messages import Message, user
-from agent.model import Completion, Model, Request, Settings, Usage
+from agent.model import Model, Request, Settings, Usage, complete
 
 Strategy = Literal["trim", "drop", "summarise", "hierarchical"]
 _SUMMARY = "What was said before, in short:\n"
@@ -77,7 +77,7 @@ async def compress(messages: Sequence[Message], how: Compression, model: Model) 
         made, told, spent = await _STRATEGIES[strategy](now, how, target, model)
         if how.count(made) < how.count(now):
             now, used, lost = made, [*used, strategy], [*lost, told]
-            usage = add(usage, spent)
+            usage = usage + spent
     if not used:
         return None
     same = next(
@@ -85,11 +85,6 @@ async def compress(messages: Sequence[Message], how: Compression, model: Model) 
     )
     after, prefix = how.count(now), how.count(now[:same])
     return Outcome(now, tuple(used), before, after, prefix, "; ".join(lost), usage)
-
-
-def add(a: Usage, b: Usage) -> Usage:
-    """The sum of two turns' usage."""
-    return Usage(a.input + b.input, a.output + b.output, a.cached + b.cached, a.cost + b.cost)
 
 
 def turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
@@ -151,11 +146,11 @@ async def _hierarchical(
     summaries: list[str] = []
     for i in range(0, len(old), _CHUNK):
         text, spent = await _summary(old[i : i + _CHUNK], model)
-        summaries, usage = [*summaries, text], add(usage, spent)
+        summaries, usage = [*summaries, text], usage + spent
     if len(summaries) > 2:  # the older half in one
         half = len(summaries) // 2
         text, spent = await _summary([(user(s),) for s in summaries[:half]], model)
-        summaries, usage = [text, *summaries[half:]], add(usage, spent)
+        summaries, usage = [text, *summaries[half:]], usage + spent
     kept = (*pieces[0], *(user(_SUMMARY + s) for s in summaries), *_joined(rest))
     return kept, f"the wording of {len(old)} turns", usage
 
@@ -166,15 +161,8 @@ async def _summary(pieces: Sequence[tuple[Message, ...]], model: Model) -> tuple
         for m in _joined(pieces)
     )
     request = Request((user(_ASK + written),), settings=Settings(max_tokens=300))
-    return await text_of(model, request)
-
-
-async def text_of(model: Model, request: Request) -> tuple[str, Usage]:
-    """What the model answers to one request, as text, and what that used."""
-    async for item in model.stream(request):
-        if isinstance(item, Completion):
-            return item.message.content, item.usage
-    return "", Usage()
+    end = await complete(model, request)
+    return end.message.content, end.usage
 
 
 _STRATEGIES: dict[str, Callable[..., Any]] = {

@@ -5,14 +5,14 @@
 
 A session's next prompt begins with the very ids of its last turn, so the prefix cache has all of
 its full pages; while tools run, a lease keeps them. `fork` goes on from one turn several times over
-the same pages. A forced call is one call, held to its tool's schema by the grammar, whatever the
-weights. What a session used, and which token was computed again and why, is in its `Account`.
+the same pages. A call, forced or begun by the model itself, is held to its tool's schema by the
+grammar, whatever the weights; a forced turn is one call. What a session used, and which token was
+computed again and why, is in its `Account`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -118,24 +118,28 @@ class EngineModel:
 
     def tokens(self, session: str) -> tuple[int, ...]:
         """The ids of a session up to the end of its last turn. Raises UserError."""
-        return self._known(session).tokens
-
-    def fork(self, session: str, count: int) -> list[str]:
-        """Names of `count` sessions that go on from where `session` stands, over its own pages."""
-        known = self._known(session)
-        names = [f"{session}/{uuid.uuid4().hex[:8]}" for _ in range(count)]
-        for name in names:
-            self._sessions.put(name, known)
-        self._thread.hold(session, known.tokens, self._lease, known.salt)
-        return names
-
-    def _known(self, session: str) -> Session:
         known = self._sessions.get(session)
         if known is None:
             raise UserError(
                 f"agent: no session {session!r} in this engine; take a turn of it first"
             )
-        return known
+        return known.tokens
+
+    def fork(self, session: str, new: str) -> None:
+        """Makes `new` a session that goes on from where `session` stands, over its own pages.
+
+        A lease keeps those until `session` is released or asked again. One that has taken no turn
+        holds nothing yet, and neither will `new`.
+        """
+        known = self._sessions.get(session)
+        if known is not None:
+            self._sessions.put(new, known)
+            self._thread.hold(session, known.tokens, self._lease, known.salt)
+
+    def release(self, session: str) -> None:
+        """The session will not be asked again; what it used stays in its account."""
+        self._sessions.drop(session)
+        self._thread.release(session)
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
         """See Model."""

@@ -78,6 +78,10 @@ class Sessions:
         if len(self._known) > self._most:
             self._known.popitem(last=False)
 
+    def drop(self, session: str) -> None:
+        """Forgets it."""
+        self._known.pop(session, None)
+
     def turn(self, request: Request, max_len: int) -> Turn:
         """The turn that is asked, its prompt as the session's own tokens and what is new.
 
@@ -186,7 +190,8 @@ def _body(request: Request, messages: Sequence[Message]) -> dict[str, Any]:
     body: dict[str, Any] = {
         "messages": [to_openai(message) for message in messages],
         "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
-        "stop": list(settings.stop) or None, "parallel_tool_calls": False,
+        "stop": list(settings.stop) or None,
+        "parallel_tool_calls": request.tool_choice != "required",  # random weights never stop
     }  # fmt: skip
     if request.tools:
         body["tool_choice"] = request.tool_choice

@@ -81,6 +81,10 @@ class EngineThread:
         """Leases the cached prefix of `tokens` under `key`, if there is room for it."""
         self._order(lambda: self._hold(key, tokens, seconds, salt))
 
+    def release(self, key: str) -> None:
+        """Ends the lease under `key`, if there is one."""
+        self._order(lambda: self._give_up(key))
+
     def close(self) -> None:
         """Ends what is under way, and the thread."""
         self._order(self._close)

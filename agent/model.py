@@ -90,6 +90,12 @@ class Usage:
     cached: int = 0
     cost: float = 0.0
 
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.input + other.input, self.output + other.output, self.cached + other.cached,
+            self.cost + other.cost,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -115,6 +121,14 @@ class Model(Protocol):
         will. Closing the iterator early must stop the work behind it.
         """
         ...
+
+
+async def complete(model: Model, request: Request) -> Completion:
+    """The end of one turn, for whoever does not watch it come. Raises what `Model.stream` does."""
+    async for item in model.stream(request):
+        if isinstance(item, Completion):
+            return item
+    raise TransportError(f"{model.name}: the stream ended without an end")
 
 
 class TransportError(Exception):

@@ -6,10 +6,9 @@ al., 2023, arXiv:2303.11366), by the model where one is given, else what went wr
 
 from __future__ import annotations
 
-from agent.compress import text_of
 from agent.memory.facts import Fact, Memories
 from agent.messages import user
-from agent.model import Model, Request, Settings
+from agent.model import Model, Request, Settings, complete
 from agent.state import State
 
 _ASK = (
@@ -38,9 +37,8 @@ async def record_episode(
         lesson = f"it ended with {reason}; " + "; ".join(errors)[:300]
         if reflector is not None:
             asked = _ASK + f"Task: {task}\nSteps: {steps}\nEnd: {lesson}"
-            said, _ = await text_of(
-                reflector, Request((user(asked),), settings=Settings(max_tokens=120))
-            )
+            request = Request((user(asked),), settings=Settings(max_tokens=120))
+            said = (await complete(reflector, request)).message.content
             lesson = said.strip() or lesson
         text = f"Task: {task[:300]}\nWhat failed: {steps[:600]}\nNext time: {lesson}"
     return memories.add(

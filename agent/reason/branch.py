@@ -15,20 +15,19 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from agent.compress import add, text_of
 from agent.messages import Message, user
-from agent.model import Model, Request, Settings, Usage
+from agent.model import Model, Request, Settings, Usage, complete
 
 
 @runtime_checkable
 class Forking(Protocol):
     """What a model with sessions can do besides taking turns."""
 
-    async def fork(self, session: str, new: str) -> None:
+    def fork(self, session: str, new: str) -> None:
         """Makes `new` a session with all that `session` holds, copying nothing."""
         ...
 
-    async def release(self, session: str) -> None:
+    def release(self, session: str) -> None:
         """The session will not be asked again."""
         ...
 
@@ -82,7 +81,7 @@ class Branch:
         for _ in range(n):
             name = f"{self.session}/{next(self._forks)}"
             if isinstance(self.model, Forking):
-                await self.model.fork(self.session, name)
+                self.model.fork(self.session, name)
             made.append(Branch(self.model, self.messages, self.budget, self.settings, name))
         return made
 
@@ -91,12 +90,12 @@ class Branch:
         self.budget.take()
         asked = (*self.messages, user(text))
         request = Request(asked, settings=settings or self.settings, session=self.session)
-        answer, usage = await text_of(self.model, request)
-        self.budget.usage = add(self.budget.usage, usage)
-        self.messages = (*asked, Message("assistant", answer))
-        return answer
+        end = await complete(self.model, request)
+        self.budget.usage = self.budget.usage + end.usage
+        self.messages = (*asked, end.message)
+        return end.message.content
 
     async def close(self) -> None:
         """Lets go of what the model holds for this branch."""
         if isinstance(self.model, Forking):
-            await self.model.release(self.session)
+            self.model.release(self.session)

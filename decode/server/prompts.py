@@ -11,9 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from decode.grammar import JSON_STYLE
 from decode.request import Grammar, Request, SamplingParams
-from decode.server.protocol import ChatRequest, CompletionRequest, Failure, Generation, NamedTool
+from decode.server import calls
+from decode.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Failure,
+    Generation,
+    NamedTool,
+    ResponseFormat,
+)
 from decode.server.tools import Format, Reader
 from jaxinfra.text import Tokenizer
 from jaxinfra.text.chat import render
@@ -56,7 +63,7 @@ def chat(body: ChatRequest, tokenizer: Tokenizer, max_len: int, sender: Sender) 
         for tool in (body.tools or () if body.tool_choice != "none" else ())
     ]
     style = _format(template) if tools else None
-    grammar = _tool_grammar(body, style) or _grammar(body, body.response_format)
+    grammar = _held(body, style) or _grammar(body, body.response_format)
     messages = [_message(message, i) for i, message in enumerate(body.messages)]
     if tools and "tools" not in template:
         told = _TOOLS.format("\n".join(json.dumps(tool) for tool in tools))
@@ -71,10 +78,13 @@ def chat(body: ChatRequest, tokenizer: Tokenizer, max_len: int, sender: Sender) 
         template, messages, tools=tools or None, add_generation_prompt=body.add_generation_prompt,
         **{**tokenizer.special, **variables},
     )  # fmt: skip
-    names = [tool.function.name for tool in body.tools or ()]
     thinks = grammar is None and "</think>" in template
     open_ = text.rstrip().endswith("<think>")
     thinking = ("open" if open_ else "may") if thinks else None
+    functions = [tool.function for tool in body.tools or ()]
+    if grammar is None and style is not None:
+        grammar = calls.offered(functions, style, body.parallel_tool_calls is not False, thinking)
+    names = [function.name for function in functions]
     most = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     prompt = tokenizer.encode(text, add_special=False)
@@ -191,7 +201,7 @@ def _format(template: str) -> Format:
     return "llama" if llama else "hermes"
 
 
-def _grammar(body: Generation, format: Any) -> Grammar | None:
+def _grammar(body: Generation, format: ResponseFormat | None) -> Grammar | None:
     asked = body.structured_outputs
     if asked is not None:
         if asked.json_ is not None:
@@ -204,49 +214,23 @@ def _grammar(body: Generation, format: Any) -> Grammar | None:
         return Grammar("lark", asked.grammar or "")
     if format is None or format.type == "text":
         return None
-    schema = {"type": "object"} if format.json_schema is None else format.json_schema.schema_
-    return Grammar("json_schema", json.dumps(schema))
+    return Grammar("json_schema", json.dumps(_schema(format)))
 
 
-def _tool_grammar(body: ChatRequest, style: Format | None) -> Grammar | None:
-    """What holds the model to a call where one is asked for."""
-    choice = body.tool_choice
-    if style is None or choice in (None, "none", "auto"):
+def _schema(format: ResponseFormat) -> dict[str, Any]:
+    return {"type": "object"} if format.json_schema is None else format.json_schema.schema_
+
+
+def _held(body: ChatRequest, style: Format | None) -> Grammar | None:
+    """What holds the whole answer, where a call or else JSON is asked for."""
+    choice, format = body.tool_choice, body.response_format
+    if style is None or body.structured_outputs is not None:
         return None
+    answer = None
+    if choice in (None, "auto"):
+        if format is None or format.type == "text":
+            return None
+        answer = _schema(format)
     named = choice.function.name if isinstance(choice, NamedTool) else None
-    key = "arguments" if style == "hermes" else "parameters"
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                key: _moved(
-                    tool.function.parameters or {"type": "object"}, f"#/anyOf/{i}/properties/{key}"
-                ),
-            },
-            "required": ["name", key],
-            "additionalProperties": False,
-        }
-        for i, tool in enumerate(
-            tool for tool in body.tools or () if named in (None, tool.function.name)
-        )
-    ]
-    schema = json.dumps({"x-guidance": JSON_STYLE, "anyOf": calls})
-    if style == "llama":
-        return Grammar("lark", f"start: %json {schema}")
-    many = "+" if named is None and body.parallel_tool_calls is not False else ""
-    tagged = f'"<tool_call>\\n" body "\\n</tool_call>"\nbody: %json {schema}'
-    return Grammar("lark", f"start: call{many}\ncall: {tagged}")
-
-
-def _moved(schema: Any, to: str) -> Any:
-    """The schema with its references into itself (`#/$defs/...`) as seen from its place, `to`."""
-    if isinstance(schema, list):
-        return [_moved(item, to) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: to + value[1:] if key == "$ref" and isinstance(value, str) and value[:1] == "#"
-        else _moved(value, to)
-        for key, value in schema.items()
-    }  # fmt: skip
+    tools = [t.function for t in body.tools or () if named in (None, t.function.name)]
+    return calls.held(tools, style, named is None and body.parallel_tool_calls is not False, answer)

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import numpy as np
+import tokenizers
 
 from agent.engine_model import EngineModel
 from agent.model import Settings
@@ -26,6 +27,20 @@ SIZES = EngineConfig(
 )  # fmt: skip
 BYTES = Tokenizer.byte_level()
 TOKENIZER = Tokenizer(BYTES.backend, BYTES.special, BYTES.eos_ids, TEMPLATE)
+TAG = 300  # in the tokenizer of `tagged`
+
+
+@functools.cache
+def tagged() -> Tokenizer:
+    """The tokenizer with a token for the tag that opens a call, as Qwen's has it."""
+    made = json.loads(BYTES.backend.to_str())
+    (added,) = [one for one in made["added_tokens"] if one["id"] == TAG]
+    made["model"]["vocab"]["<tool_call>"] = made["model"]["vocab"].pop(added["content"])
+    added |= {"content": "<tool_call>", "special": False}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(made))
+    return Tokenizer(backend, BYTES.special, BYTES.eos_ids, TEMPLATE)
+
+
 SHORT = Settings(max_tokens=12, temperature=0.8, seed=5)
 ENDLESS = Settings(max_tokens=1500, seed=3)
 
@@ -43,17 +58,21 @@ class Steered(Engine):
     """An engine whose answers a script may choose, drawn token by token all the same.
 
     `seen` holds the requests, `told` the outputs; `copied` counts pages, `seconds` are of steps.
+    `bias` is added to logits.
     """
 
-    def __init__(self, script=None, **changes):
-        super().__init__(runner(), TOKENIZER, dataclasses.replace(SIZES, **changes))
+    def __init__(self, script=None, tokenizer=TOKENIZER, bias=None, **changes):
+        super().__init__(runner(), tokenizer, dataclasses.replace(SIZES, **changes))
+        self.bias = bias or {}
         self.script, self.seen, self.told, self.copied = script, [], [], 0
         self.seconds = 0.0
 
     def add(self, request):
         wanted = self.script and self.script(TOKENIZER.decode(request.prompt))
         endless = request.params.max_tokens == ENDLESS.max_tokens
-        params = dataclasses.replace(request.params, logprobs=0, ignore_eos=endless)
+        params = dataclasses.replace(
+            request.params, logprobs=0, ignore_eos=endless, logit_bias=self.bias
+        )
         if wanted:
             grammar = Grammar("choice", json.dumps([wanted]))
             params = dataclasses.replace(params, grammar=grammar)
@@ -80,7 +99,7 @@ class Steered(Engine):
 
 @contextlib.contextmanager
 def serving(script=None, tokenizer=TOKENIZER, lease=60.0, leased=0.5, **changes):
-    engine = Steered(script, **changes)
+    engine = Steered(script, tokenizer, **changes)
     with EngineModel(engine, tokenizer, "tiny", lease=lease, leased=leased) as model:
         yield model, engine
     engine.pool.check()

@@ -22,7 +22,17 @@ from jaxinfra.errors import UserError
 from jaxinfra.text import Tokenizer
 from tests.agent.compat_server import TEMPLATE, call
 from tests.agent.random_model import write
-from tests.agent.steered_engine import BYTES, ENDLESS, SHORT, TOKENIZER, Steered, serving, taken
+from tests.agent.steered_engine import (
+    BYTES,
+    ENDLESS,
+    SHORT,
+    TAG,
+    TOKENIZER,
+    Steered,
+    serving,
+    tagged,
+    taken,
+)
 from tests.agent.test_models import TEXT, TOOL, conformance, turn
 
 
@@ -119,7 +129,34 @@ def test_forced_calls_are_never_malformed(seeds):
     assert names == {"file", "nest"} and len(written) > len(seeds) / 2
 
 
-def test_a_schema_holds_the_whole_answer_and_auto_is_free():
+@pytest.mark.parametrize(
+    "seeds", [range(40), pytest.param(range(40, 1040), marks=pytest.mark.slow)], ids=len
+)
+def test_calls_that_the_model_begins_are_never_malformed(seeds):
+    """Random weights that like the tag of a call, and the end of an answer, as much as words."""
+    offered = (ToolSpec("file", "Files.", NESTED), ToolSpec("nest", "Nests.", NESTED))
+    asked = [Request((user("Go."),), offered, settings=Settings(max_tokens=500, seed=seed))
+             for seed in seeds]  # fmt: skip
+    with serving(None, tagged(), bias={TAG: 4.0, 257: 4.0}) as (model, _):
+        ends = taken(model, *asked)
+    whole = [end for end in ends if end.finish != "length"]
+    made = [one for end in whole for one in end.message.calls]
+    for one in made:
+        jsonschema.validate(json.loads(one.arguments), NESTED)
+    assert {one.name for one in made} == {"file", "nest"}
+    assert len(whole) > 0.9 * len(ends) and len(made) > len(seeds) / 2
+    assert {end.finish for end in whole} == {"calls", "stop"}
+    assert any(end.message.content and end.message.calls for end in whole)
+
+
+def test_a_forced_call_begins_with_the_token_of_its_tag():
+    with serving(None, tagged()) as (model, _):
+        (end,) = taken(model, Request((user("Go."),), (TOOL,), "required", SHORT_CALL))
+    assert end.message.calls[0].name == "multiply"
+    assert end.message.tokens is not None and end.message.tokens[0] == TAG
+
+
+def test_a_schema_holds_the_whole_answer_and_words_are_free():
     schema = {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}
     with serving() as (model, _):
         forced, free = taken(
@@ -147,7 +184,9 @@ def branches(messages, names):
 def test_forks_share_pages_and_stay_bit_equal():
     with serving() as (model, shared):
         messages = grown(model)
-        names = model.fork("s", 8)
+        names = [f"s/{i}" for i in range(8)]
+        for name in names:
+            model.fork("s", name)
         assert {model.tokens(n) for n in names} == {model.tokens("s")}
         found = shared.scheduler.found
         taken(model, *branches(messages, names))

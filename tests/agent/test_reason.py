@@ -43,12 +43,12 @@ class Sessions(ScriptedModel):
         self.open: set[str] = set()
         self.forks = 0
 
-    async def fork(self, session: str, new: str) -> None:
+    def fork(self, session: str, new: str) -> None:
         assert new not in self.open
         self.open.add(new)
         self.forks += 1
 
-    async def release(self, session: str) -> None:
+    def release(self, session: str) -> None:
         self.open.remove(session)
 
 
