@@ -89,7 +89,7 @@ class EngineModel:
 
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         model = jaxinfra.load(name, dtype=dtype, offline=offline)
-        engine = Engine.of(model, config or EngineConfig())
+        engine = Engine.of(model, config or EngineConfig(policy="least-attained"))
         return cls(engine, model.tokenizer, name, **options)
 
     def __enter__(self) -> EngineModel:
@@ -144,9 +144,11 @@ class EngineModel:
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
         """See Model."""
         turn = self._sessions.turn(request, self._max_len)
-        asked = replace(turn.ask, prompt=turn.tokens, cache_salt=self.salt, params=replace(
-            turn.ask.params, max_tokens=self._room(turn, request.settings.max_tokens),
-        ))  # fmt: skip
+        params = replace(turn.ask.params, max_tokens=self._room(turn, request.settings.max_tokens))
+        asked = replace(
+            turn.ask, prompt=turn.tokens, params=params, program=request.program,
+            cache_salt=self.salt,
+        )  # fmt: skip
         heard = asyncio.Queue[Output | Exception]()
         account = self.account(request.session)
         self._thread.submit(

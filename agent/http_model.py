@@ -1,8 +1,8 @@
 """A model behind any server that speaks OpenAI's chat completions, streamed or not.
 
 The client is the official one, with its own retries off: a request that may be repeated raises
-TransportError and the loop, which can journal it, decides. `prompt_cache_key` carries the session,
-so that a server with sessions finds its cache.
+TransportError and the loop, which can journal it, decides. `prompt_cache_key` names the run, so
+that a server finds its cache, and can schedule its calls together.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _body(name: str, request: Request) -> dict[str, Any]:
         "max_tokens": settings.max_tokens,
         "seed": settings.seed,
         "stop": list(settings.stop) or None,
-        "prompt_cache_key": request.session or None,
+        "prompt_cache_key": request.program or None,
     }
     if request.tools:
         body["tools"] = [

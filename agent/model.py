@@ -50,6 +50,11 @@ class Request:
     schema: Mapping[str, Any] | None = None
     session: str = ""
 
+    @property
+    def program(self) -> str:
+        """The run that this turn is part of, with its forks and sub-agents, `RUN/...`."""
+        return self.session.partition("/")[0]
+
 
 @dataclass(frozen=True)
 class TextDelta:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from decode.policies import Fair, FirstCome, Policy, Priority, ShortestRemaining
+from decode.policies import Fair, FirstCome, LeastAttained, Policy, Priority, ShortestRemaining
 from jaxinfra.errors import UserError
 
 POLICIES: dict[str, type[Policy]] = {
     "first-come": FirstCome, "priority": Priority, "shortest": ShortestRemaining, "fair": Fair,
+    "least-attained": LeastAttained,
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class EngineConfig:
     max_waiting: int = 1024
     budget: int = 256
     steps: int | None = None
-    policy: Literal["first-come", "priority", "shortest", "fair"] = "priority"
+    policy: Literal["first-come", "priority", "shortest", "fair", "least-attained"] = "priority"
     prefix_cache: bool = True
     kv_dtype: str | None = None
     invariant: bool = False

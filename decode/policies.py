@@ -6,8 +6,9 @@ sequence was given, so that a policy can keep accounts.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from decode.scheduler import Sequence
@@ -50,6 +51,7 @@ class ShortestRemaining(FirstCome):
         return left + len(sequence.tokens) - sequence.table.length, sequence.number
 
 
+_PROGRAMS = 10_000  # that are remembered
 _REMEMBERED = 1000  # chunks of others after which a tenant counts as one that comes anew
 
 
@@ -77,3 +79,36 @@ class Fair(FirstCome):
             self._given[tenant] = min(self._given[x] for x in self._last)
         self._given[tenant] += tokens
         self._last[tenant] = self._turn
+
+
+class LeastAttained(FirstCome):
+    """The program that was given the least so far first: all calls of one agent's run together.
+
+    A run of few calls so overtakes one of many, and its length need not be known (Autellix, arXiv
+    2502.13965). What a program was given counts in levels, each twice the one before, of which the
+    first ends at `quantum` tokens; within a level calls go by arrival, as do calls of no program. A
+    call that waits while others are given `patience` tokens goes before all that came later: nobody
+    starves, and what is lost to it is bounded by that.
+    """
+
+    def __init__(self, quantum: int = 256, patience: int = 32768) -> None:
+        self._quantum, self._patience = quantum, patience
+        self._given: OrderedDict[str, int] = OrderedDict()  # by program, the last used last
+        self._since: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()  # of waiting, in tokens
+        self._total = 0
+
+    def rank(self, sequence: Sequence) -> Any:
+        waited = self._total - self._since.setdefault(sequence, self._total)
+        given = self._given.get(sequence.request.program, 0)
+        level = 0 if waited >= self._patience else 1 + (given // self._quantum).bit_length()
+        return level, sequence.number
+
+    def served(self, sequence: Sequence, tokens: int) -> None:
+        self._total += tokens
+        self._since[sequence] = self._total
+        program = sequence.request.program
+        if program:
+            self._given[program] = self._given.get(program, 0) + tokens
+            self._given.move_to_end(program)
+            if len(self._given) > _PROGRAMS:
+                self._given.popitem(last=False)

@@ -120,7 +120,8 @@ class Request:
     """One prompt and how to answer it; of two that wait, the lower `priority` goes first.
 
     deadline: seconds from arrival, after which it ends as "timeout". arrival: time.monotonic().
-    tenant: whose fair share it counts to. cache_salt: prefixes are shared only under one salt.
+    tenant: whose fair share it counts to. program: the agent's run that it is a call of, if any.
+    cache_salt: prefixes are shared only under one salt.
     """
 
     id: str
@@ -128,6 +129,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     priority: int = 0
     tenant: str = ""
+    program: str = ""
     cache_salt: str = ""
     deadline: float | None = None
     arrival: float = field(default_factory=time.monotonic)

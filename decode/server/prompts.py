@@ -145,8 +145,8 @@ def _request(
     params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
     return Request(
         id=sender.id, prompt=tuple(prompt), params=params, priority=body.priority,
-        tenant=sender.tenant, cache_salt=body.cache_salt or "", deadline=body.timeout,
-        arrival=sender.arrival,
+        tenant=sender.tenant, program=body.prompt_cache_key or "",
+        cache_salt=body.cache_salt or "", deadline=body.timeout, arrival=sender.arrival,
     )  # fmt: skip
 
 

@@ -145,13 +145,14 @@ class Generation(_Body):
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] = 0
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    # Of one key are the calls of one agent's run, for policies that schedule whole runs.
+    prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
     # Read, and without effect here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
     prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")

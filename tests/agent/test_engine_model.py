@@ -195,6 +195,7 @@ def test_forks_share_pages_and_stay_bit_equal():
         assert min(a.cached for a in accounts) >= full > 300 and shared.copied == 0
         assert shared.scheduler.found - found == sum(a.cached for a in accounts)
         assert sum(a.recomputed for a in accounts) == 0
+        assert {r.program for r in shared.seen} == {"s"}
     with serving(prefix_cache=False) as (model, alone):
         messages = grown(model)
         for request in branches(messages, [f"b{i}" for i in range(8)]):

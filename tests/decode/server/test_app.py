@@ -306,8 +306,9 @@ def test_keys():
             assert answer.json()["error"]["code"] == "invalid_api_key"
         assert not made.engines[0].seen and httpx.get(url + "/health").status_code == 200
         with openai.OpenAI(base_url=url + "/v1", api_key="k2") as client:
-            client.chat.completions.create(model="m", messages=say("x"))
-        assert made.engines[0].seen[0].tenant == "bob"
+            client.chat.completions.create(model="m", messages=say("x"), prompt_cache_key="run")
+        (seen,) = made.engines[0].seen
+        assert (seen.tenant, seen.program) == ("bob", "run")
 
 
 def test_a_full_queue_says_when_to_come_back():
