@@ -18,6 +18,7 @@ def size(plan: Plan) -> dict[str, Any]:
         "tokens": plan.tokens, "rows": len(plan.chunks), "steps": plan.steps,
         "pages": max(len(chunk.sequence.table.pages) for chunk in plan.chunks),
         "everywhere": drafted,
+        "plain": all(chunk.sequence.plain for chunk in plan.chunks),
     }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def pack(plan: Plan, layout: Layout, keys: Mapping[Sequence, tuple[int, int]]) -
         scored = params.prompt_logprobs
         view["switches"] |= np.asarray([
             params.penalised,
-            params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
+            params.truncated,
             bool(params.logprobs),
             0 if scored is None or chunk.start >= len(sequence.request.prompt)
             else 2 if scored else 1,

@@ -5,6 +5,8 @@ Imports no jax.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from decode.packing import Layout
 
 
@@ -18,8 +20,9 @@ def doubling(first: int, last: int, factor: int = 2) -> list[int]:
 
 
 def layouts(
-    *, max_running: int, budget: int, pages: int, steps: int, drafts: int, reads_dead_pages: bool
-) -> list[Layout]:
+    *, max_running: int, budget: int, pages: int, steps: int, drafts: int, reads_dead_pages: bool,
+    plain: bool = False,
+) -> list[Layout]:  # fmt: skip
     """Every shape, the one first with which an engine can begin to serve whatever comes.
 
     Args:
@@ -30,6 +33,7 @@ def layouts(
       drafts: tokens guessed a row.
       reads_dead_pages: whether a lone token costs as much as its row may have pages, so that
         programs for fewer pages are worth their compilation.
+      plain: whether wishes that no row has cost so much that every shape has a program without.
     """
     few = [max_running] if max_running < 8 else doubling(1, max_running, 4)
     tables = doubling(16, pages, 4) if reads_dead_pages and pages > 16 else [pages]
@@ -42,19 +46,22 @@ def layouts(
     if drafts:
         sizes = doubling(1 + drafts, max_running * (1 + drafts), 4)
         verify = [Layout(T, max(1, T // (1 + drafts)), pages, T) for T in sizes]
-    return list(dict.fromkeys([*mixed[:1], *decode, *verify, *mixed[1:]]))
+    shapes = [*decode, *verify, *mixed[1:]]
+    without = [replace(one, plain=True) for one in (*mixed[:1], *shapes) if plain]
+    return list(dict.fromkeys([*mixed[:1], *without, *shapes]))
 
 
 def smallest(
-    ready: list[Layout], *, tokens: int, rows: int, pages: int, steps: int, everywhere: bool
-) -> Layout | None:
+    ready: list[Layout], *, tokens: int, rows: int, pages: int, steps: int, everywhere: bool,
+    plain: bool,
+) -> Layout | None:  # fmt: skip
     """The one that computes least among those that hold such a step.
 
-    everywhere: tokens are drawn at drafts too.
+    everywhere: tokens are drawn at drafts too. plain: no row has a wish.
     """
     fits = [
         one for one in ready
         if tokens <= one.T and rows <= one.B and pages <= one.M and steps == one.steps
-        and everywhere <= one.everywhere
+        and everywhere <= one.everywhere and one.plain <= plain
     ]  # fmt: skip
-    return min(fits, key=lambda one: (one.T, one.M, one.S), default=None)
+    return min(fits, key=lambda one: (one.T, one.M, one.S, not one.plain), default=None)

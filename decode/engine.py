@@ -247,8 +247,9 @@ class Engine:
         steps, running = self._asked.steps or self._runner.steps, self.scheduler.running
         longest = max((len(s.tokens) + steps for s in running), default=0)
         pages = -(-longest // self.pool.size)
+        plain = all(s.plain for s in running)
         fits = any(
-            one.steps == steps and len(running) <= one.B and pages <= one.M
+            one.steps == steps and len(running) <= one.B and pages <= one.M and one.plain <= plain
             for one in self._runner.ready
         )
         return steps if fits else 1

@@ -7,7 +7,7 @@ Cost: every weight is read once a step, whatever T; and the keys and values that
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxinfra.model import rope
 from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
+from pallas_kernels import decode_layer as fused
 from pallas_kernels.paged_attention import append, paged_attention
 
 QUANTISED = ("int8", "float8_e4m3fn")
@@ -80,6 +81,8 @@ def forward(
     invariant, implementation: of `pallas_kernels.paged_attention`.
     """
     T = tokens.shape[0]
+    if T == table.shape[0] == 1 and not invariant and fused_refusal(params, config, pool) is None:
+        return _one_token(params, config, pool, tokens, positions, slots, table[0], lengths)
     ropes = [rope.table(config.rope, config.head_dim, positions[None])]
     if config.rope_local is not None:
         ropes.append(rope.table(config.rope_local, config.head_dim, positions[None]))
@@ -102,6 +105,58 @@ def forward(
         out = kv.feed_forward(layer, model.norm(x, layer.mlp_norm, config), config)
         x = model.residual(x, out, layer.post_mlp_norm, config)
     return model.norm(x, params.final_norm, config)[0], tuple(grown)
+
+
+def fused_refusal(
+    params: kv.DecodeParams, config: ModelConfig, pool: tuple[LayerPages, ...]
+) -> str | None:
+    """Why a lone token does not go through each layer in one kernel, or None if it does."""
+    if config.activation != "silu" or config.norm_plus_one or config.rope_local is not None:
+        return "the kernel is for silu, plain norms and one rotation"
+    if any(config.window(i) is not None for i in range(config.num_layers)):
+        return "the kernel has no window"
+    for layer, pages in zip(params.layers, pool, strict=True):
+        if layer.post_attn_norm is not None or not isinstance(layer.mlp, kv.FusedMLP):
+            return "the kernel is for two norms a layer and a dense feed-forward"
+        if not isinstance(cast(kv.FusedAttention, layer.attn).qkv, jax.Array):
+            return "the kernel takes no quantised weights"
+        if reason := fused.supported(_weights(layer), pages.k.shape, pages.k.dtype):
+            return reason
+    return None
+
+
+def _weights(layer: Any) -> fused.LayerWeights:
+    return fused.LayerWeights(
+        attn_norm=layer.attn_norm, qkv=layer.attn.qkv, o=layer.attn.o, mlp_norm=layer.mlp_norm,
+        gate_up=layer.mlp.gate_up, down=layer.mlp.down, qkv_bias=layer.attn.qkv_bias,
+        q_norm=layer.attn.q_norm, k_norm=layer.attn.k_norm,
+    )  # fmt: skip
+
+
+def _one_token(
+    params: kv.DecodeParams,
+    config: ModelConfig,
+    pool: tuple[LayerPages, ...],
+    tokens: Int[Array, " 1"],
+    positions: Int[Array, " 1"],
+    slots: Int[Array, " 1"],
+    table: Int[Array, " M"],
+    lengths: Int[Array, " 1"],
+) -> tuple[Float[Array, "1 D"], tuple[LayerPages, ...]]:
+    """`forward` of one token, a kernel a layer."""
+    cos, sin = (a[0, 0, 0] for a in rope.table(config.rope, config.head_dim, positions[None]))
+    embedded = model.embed(cast(Params, params), config, tokens[None])[0, 0]
+    facts = jnp.concatenate([lengths, slots])
+    x, count = embedded.astype(jnp.float32), fused.counters(config.num_kv_heads)
+    grown = []
+    for layer, pages in zip(params.layers, pool, strict=True):
+        x, k, v, count = fused.decode_layer(
+            x, pages.k, pages.v, count, _weights(layer), cos, sin, table, facts,
+            scale=config.scale, eps=config.norm_eps,
+        )  # fmt: skip
+        grown.append(LayerPages(k, v))
+    x = model.norm(x.astype(embedded.dtype), params.final_norm, config)
+    return x[None], tuple(grown)
 
 
 def _append(pages: LayerPages, k: Array, v: Array, slots: Array) -> LayerPages:

@@ -32,6 +32,7 @@ class Layout:
     """T tokens of B rows that may have M pages each, and S places where tokens are drawn.
 
     `steps` tokens a row are made in one call; more than one only where each row computes one.
+    plain: no row wants penalties, truncation, a bias, a mask, likeliest tokens or prompt scores.
     """
 
     T: int
@@ -39,6 +40,7 @@ class Layout:
     M: int
     S: int
     steps: int = 1
+    plain: bool = False
 
     @property
     def everywhere(self) -> bool:

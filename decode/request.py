@@ -78,6 +78,18 @@ class SamplingParams:
         """Whether what was said before changes what is likely now."""
         return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
+    @property
+    def truncated(self) -> bool:
+        """Whether unlikely tokens are left out."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether temperature alone decides, and nothing but the tokens is told."""
+        changed = self.penalised or self.truncated or self.watched or self.logit_bias
+        told = self.logprobs or self.prompt_logprobs is not None
+        return not (changed or told or self.allowed_tokens is not None)
+
     def __post_init__(self) -> None:
         finite = math.isfinite
         for name, fine, want in (

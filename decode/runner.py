@@ -1,7 +1,7 @@
 """The device's side of the engine: programs for a few shapes, and what the device remembers.
 
-Programs are compiled ahead: the first can serve every step, and the engine begins with it; a thread
-compiles the rest, each of which only makes some steps cheaper. So no request ever waits for the
+Programs are compiled ahead: the first can serve every step, and the engine begins with it; threads
+compile the rest, each of which only makes some steps cheaper. So no request ever waits for the
 compiler: `compiles` counts those that would have, and stays 0. A persistent cache
 (JAX_COMPILATION_CACHE_DIR) makes the next start short.
 
@@ -15,9 +15,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +38,8 @@ from jaxinfra.model.config import ModelConfig
 from pallas_kernels.paged_attention import choose
 
 STEPS = {"gpu": 8, "tpu": 8}  # tokens a row in one call, where nobody waits
+PLAIN = ("gpu",)  # where steps in which no row has a wish have programs of their own
+_COMPILERS = max(1, (os.cpu_count() or 1) // 4)  # programs that are compiled at once
 _COPIES = 8  # pages that one program copies
 _BIASES = 512
 _log = logging.getLogger("jaxinfra.engine")
@@ -72,7 +76,7 @@ class Runner:
             dead = chosen == "xla" and jax.default_backend() != "cpu"
             self._layouts = buckets.layouts(
                 max_running=R, budget=engine.budget, pages=per_sequence, steps=self.steps,
-                drafts=engine.draft, reads_dead_pages=dead,
+                drafts=engine.draft, reads_dead_pages=dead, plain=jax.default_backend() in PLAIN,
             )  # fmt: skip
         self._invariant = engine.invariant
         self._masks: dict[int, jax.Array] = {}
@@ -90,7 +94,8 @@ class Runner:
     @property
     def budget(self) -> int:
         """Tokens that a step can compute by now."""
-        return max(one.T for one in self.ready if one.steps == 1 and not one.everywhere)
+        shapes = [o for o in self.ready if o.steps == 1 and not o.everywhere and not o.plain]
+        return max(one.T for one in shapes)
 
     @property
     def ready(self) -> list[Layout]:
@@ -190,7 +195,7 @@ class Runner:
                 np.float32(others), np.bool_(more))  # fmt: skip
 
     def _compile_rest(self) -> None:
-        for layout in self._layouts[1:]:
+        def one(layout: Layout) -> None:
             if self._closed.is_set():
                 return
             try:
@@ -198,6 +203,9 @@ class Runner:
             except Exception as error:
                 _log.exception("%s could not be compiled; the engine goes on without it", layout)
                 self._failed = error
+
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            list(pool.map(one, self._layouts[1:]))
 
 
 def _ahead(function: Callable, *arguments: Any, donate: int = 0) -> Any:

@@ -7,7 +7,9 @@ are those of the distribution that was drawn from; of a greedy row, those at tem
 
 Nothing sorts the vocabulary: top-k and top-p find the least kept value by bisection over the bits
 of floats, 31 passes; a draw sums blocks of the vocabulary and looks into one. What no row of a step
-wants is skipped on the device (`lax.cond`), so there is one program for all wishes.
+wants is skipped on the device (`lax.cond`), so there is one program for all wishes. On a GPU a
+condition makes the host wait until it is known: steps in which no row has a wish have a program of
+their own there.
 """
 
 from __future__ import annotations
@@ -48,27 +50,43 @@ def uniform(
     return jax.vmap(one)(key_0, key_1, positions)
 
 
+@struct.dataclass
+class Wishes:
+    """What rows may want beside a temperature.
+
+    counts: by slot, how often the answer has each token, plus 2**20 where the prompt has it.
+    bias: by slot. mask: bit i % 32 of word i // 32 allows token i. switches: which of penalties,
+    truncation, likeliest tokens any row wants; the fourth is unread.
+    """
+
+    counts: Int[Array, "R V"]
+    bias: Float[Array, "R V"]
+    slot: Int[Array, " S"]
+    mask: UInt32[Array, "S W"]
+    switches: Int[Array, " 4"]
+
+
 def sample(
     logits: Float[Array, "S V"],
     rows: dict[str, Any],
     positions: Int[Array, " S"],
-    counts: Int[Array, "S V"],
-    bias: Float[Array, "S V"],
-    mask: UInt32[Array, "S W"],
-    switches: Int[Array, " 4"],
+    wishes: Wishes | None,
 ) -> Drawn:
     """The tokens that stand at `positions`.
 
-    rows: by name, [S] each, as `decode.packing.ROW`. counts: how often the answer has each token,
-    plus 2**20 where the prompt has it. mask: bit i % 32 of word i // 32 allows token i.
-    switches: which of penalties, truncation, likeliest tokens any row wants; the fourth is unread.
+    rows: by name, [S] each, as `decode.packing.ROW`. wishes: None where no row has any.
     """
-    penalise, truncate, likeliest = switches[0] > 0, switches[1] > 0, switches[2] > 0
-    logits = jax.lax.cond(penalise, _penalised, lambda x, *_: x, logits, rows, counts)
-    logits = jnp.where(_bits(mask, logits.shape[1]), logits + bias, -jnp.inf)
+    if wishes is not None:
+        counts, slot, switches = wishes.counts, wishes.slot, wishes.switches > 0
+        logits = jax.lax.cond(
+            switches[0], lambda x: _penalised(x, rows, counts[slot]), lambda x: x, logits
+        )
+        allowed = _bits(wishes.mask, logits.shape[1])
+        logits = jnp.where(allowed, logits + wishes.bias[slot], -jnp.inf)
     greedy = rows["temperature"] == 0.0
     logits = logits / jnp.where(greedy, 1.0, jnp.maximum(rows["temperature"], 1e-5))[:, None]
-    logits = jax.lax.cond(truncate, _truncated, lambda x, _: x, logits, rows)
+    if wishes is not None:
+        logits = jax.lax.cond(switches[1], _truncated, lambda x, _: x, logits, rows)
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)
     u = uniform(rows["key_0"], rows["key_1"], positions)
@@ -76,11 +94,12 @@ def sample(
     tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)  # where nothing may follow
     norm = top + jnp.log(jnp.sum(weights, axis=-1, keepdims=True))
     logps = jnp.take_along_axis(logits, tokens[:, None], axis=1) - norm
-    top_tokens, top_logps = likeliest_of(logits - norm, likeliest)
+    wanted = None if wishes is None else switches[2]
+    top_tokens, top_logps = likeliest_of(logits - norm, wanted)
     return Drawn(tokens, logps[:, 0], top_tokens, top_logps)
 
 
-def likeliest_of(logps: Float[Array, "S V"], wanted: Bool[Array, ""]) -> tuple[Array, Array]:
+def likeliest_of(logps: Float[Array, "S V"], wanted: Bool[Array, ""] | None) -> tuple[Array, Array]:
     """The LIKELIEST tokens [S, 20] and their log-probabilities; zeros where none are wanted."""
     S, many = logps.shape[0], min(LIKELIEST, logps.shape[1])
 
@@ -91,7 +110,7 @@ def likeliest_of(logps: Float[Array, "S V"], wanted: Bool[Array, ""]) -> tuple[A
     def nothing(_: Array) -> tuple[Array, Array]:
         return jnp.zeros((S, many), jnp.int32), jnp.zeros((S, many), jnp.float32)
 
-    return jax.lax.cond(wanted, found, nothing, logps)
+    return nothing(logps) if wanted is None else jax.lax.cond(wanted, found, nothing, logps)
 
 
 def _penalised(logits: Array, rows: dict[str, Any], counts: Array) -> Array:

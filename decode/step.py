@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from decode import forward as paged
 from decode.packing import Layout
-from decode.sampler import SEEN, Drawn, likeliest_of, sample
+from decode.sampler import SEEN, Drawn, Wishes, likeliest_of, sample
 from jaxinfra.model import cache as kv
 from jaxinfra.model.config import ModelConfig
 from pallas_kernels.paged_attention.rows import places
@@ -38,7 +38,7 @@ class Out:
     """What a call made: for each of its K tokens, S draws; of prompts, how likely they were."""
 
     drawn: Drawn  # [K, S] and [K, S, 20]
-    prompt: Drawn  # at each of T tokens, how likely the next one of its row was; zeros if unasked
+    prompt: Drawn | None  # how likely each of T tokens' next was; zeros where nobody asked
 
 
 def step(
@@ -71,12 +71,14 @@ def step(
 
     def draw(state: State, x: Array, at: Array, live: Array) -> tuple[State, Drawn]:
         logits = kv.head(params, config, x[None])[0]
-        drawn = sample(logits, rows, at, state.counts[slot], state.bias[slot], mask,
-                       told["switches"])  # fmt: skip
+        wishes = Wishes(state.counts, state.bias, slot, mask, told["switches"])
+        drawn = sample(logits, rows, at, None if layout.plain else wishes)
         kept = jnp.where(live, slot, R)
-        counts = state.counts.at[kept, drawn.tokens].add(1, mode="drop")
-        last = state.last.at[kept].set(drawn.tokens, mode="drop")
-        return replace(state, last=last, counts=counts), drawn
+        state = replace(state, last=state.last.at[kept].set(drawn.tokens, mode="drop"))
+        if not layout.plain:
+            counts = state.counts.at[kept, drawn.tokens].add(1, mode="drop")
+            state = replace(state, counts=counts)
+        return state, drawn
 
     real = jnp.arange(layout.T) < told["starts"][-1]
     tokens = told["tokens"]
@@ -88,7 +90,9 @@ def step(
     live = (told["sample"] >= 0) & (behind <= told["left"][drawn_row])
     at = position[places_drawn] + 1
     state, first = draw(state, x[places_drawn], at, live)
-    prompt = _prompt(params, config, x, told["after"], told["switches"])
+    prompt = None
+    if not layout.plain:
+        prompt = _prompt(params, config, x, told["after"], told["switches"])
     if layout.steps == 1:
         return state, Out(jax.tree.map(lambda a: a[None], first), prompt)
 

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -50,9 +50,13 @@ def call(
     programs: int,
     num_warps: int,
     num_stages: int,
+    aliases: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> list[jax.Array]:
-    """Runs kernel(*inputs, *outputs, **constants) `programs` times; its outputs."""
+    """Runs kernel(*inputs, *outputs, **constants) `programs` times; its outputs.
+
+    aliases: inputs that are the buffers of outputs, by number.
+    """
     triton_call, types = _triton_call()
     return triton_call(
         *inputs,
@@ -61,6 +65,7 @@ def call(
         num_warps=num_warps,
         num_stages=num_stages,
         compute_capability=capability(),
+        input_output_aliases=dict(aliases or {}),
         **{types: list(outputs)},
         **constants,
     )

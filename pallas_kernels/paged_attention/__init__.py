@@ -3,7 +3,8 @@
 `paged_attention(...)` picks an implementation, as `choose(...)` tells, and says which in the debug
 log: "triton" on an NVIDIA GPU that takes the call, plain XLA elsewhere. `supported(...)` gives the
 reason why one refuses; `append(...)` writes new tokens into pages. `reference.py` is the
-specification. None but "xla" on a CPU has been timed yet.
+specification. On one H200 Triton was the fastest of three for decode
+steps and for chunks of prompts; "mosaic_tpu" has never run on a chip.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def choose(
         if reason is None and jax.device_count() > 1:
             reason = "XLA does not partition it; ask for it inside shard_map"
         if reason is None:
-            return name, "it takes the call; no kernel has been timed yet"
+            return name, "it takes the call, and was the fastest on an H200"
         reasons.append(f"{name}: {reason}")
     return "xla", "; ".join(reasons)
 

@@ -4,13 +4,21 @@ import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from decode import batches
+from decode import runner as runner_module
 from decode.config import EngineConfig
+from decode.engine import Engine
 from decode.request import Grammar, QueueFull, Request, SamplingParams
 from jaxinfra.errors import UserError
+from jaxinfra.generate import generate
+from jaxinfra.model.cache import unstack
+from jaxinfra.model.params import init
+from pallas_kernels import decode_layer
+from pallas_kernels.decode_layer import reference
 from tests.decode import engines
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
@@ -50,8 +58,6 @@ def test_greedy_answers_are_the_models(cached, steps, draft):
 
 def test_a_program_that_a_request_waits_for_is_counted(monkeypatch):
     """The control of `compiles == 0`: an engine that compiles while it serves is told."""
-    import jax
-
     from decode.step import admit
 
     runner = engines.runner(engines.SMALL)
@@ -61,6 +67,58 @@ def test_a_program_that_a_request_waits_for_is_counted(monkeypatch):
     engines.run(engines.engine(), requests(engines.prompts(2), params))
     assert runner.compiles == before + 1
     monkeypatch.setattr(runner, "compiles", before)
+
+
+def test_steps_without_wishes_have_their_own_programs(monkeypatch):
+    """As on a GPU. An answer that wishes for something is the same with and without them."""
+    monkeypatch.setattr(runner_module, "PLAIN", ("cpu",))
+    config = dataclasses.replace(engines.SMALL, steps=2, draft=0, budget=24)
+    runner = runner_module.Runner(engines.params(), engines.CONFIG, config)
+    runner.finish()
+    assert sum(one.plain for one in runner.ready) == len(runner.ready) // 2
+    prompts = engines.prompts(6)
+    long = dataclasses.replace(GREEDY, max_tokens=30)
+    wishes = [DRAWN, long, dataclasses.replace(DRAWN, frequency_penalty=1.0)]
+    asked = [Request(str(i), p, wishes[i % 3]) for i, p in enumerate(prompts)]
+    right = engines.run(engines.engine(), asked)
+    used = []
+    monkeypatch.setattr(runner, "run", lambda layout, *a: used.append(layout) or run(layout, *a))
+    run = type(runner).run.__get__(runner)
+    engine = Engine(runner, engines.TOKENIZER, config)
+    told = engines.run(engine, asked)
+    for key, outputs in right.items():
+        assert engines.tokens(told[key]) == engines.tokens(outputs)
+    assert {one.plain for one in used} == {False, True}
+    whole(engine)
+
+
+def test_a_lone_row_goes_through_layers_in_one_kernel(monkeypatch):
+    """As on a GPU, with the kernel's specification in its place."""
+    calls = []
+
+    def layer(x, k, v, counters, weights, cos, sin, table, facts, **options):
+        calls.append(x.shape)
+        length, slot = facts
+        made = reference.decode_layer(
+            x, k, v, weights, cos, sin, table, length, slot, **options
+        )  # fmt: skip
+        return *made, counters
+
+    monkeypatch.setattr(decode_layer, "supported", lambda *_: None)
+    monkeypatch.setattr(decode_layer, "decode_layer", layer)
+    model = dataclasses.replace(engines.CONFIG, windows=None)
+    params = unstack(jax.tree.map(lambda a: a * 3, init(jax.random.key(3), model)), model)
+    config = EngineConfig(max_len=96, page_size=8, max_running=1, budget=16, steps=3)
+    runner = runner_module.Runner(params, model, config)
+    runner.finish()
+    engine = Engine(runner, engines.TOKENIZER, config)
+    prompts = engines.prompts(2)
+    told = engines.run(engine, requests(prompts))
+    for i, prompt in enumerate(prompts):
+        made = generate(params, model, [prompt], max_new_tokens=20).tokens[0]
+        assert engines.tokens(told[str(i), 0]) == tuple(made)
+    assert len(calls) >= 2 * model.num_layers and set(calls) == {(model.d_model,)}
+    whole(engine)
 
 
 def test_pages_that_two_hold_by_mistake_are_found(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from decode.packing import FLOATS, INTEGERS
-from decode.sampler import SEEN, sample, uniform
+from decode.sampler import SEEN, Wishes, sample, uniform
 
 V = 96
 NEUTRAL = {
@@ -23,7 +23,7 @@ def _sample():
     return jax.jit(sample)
 
 
-def draw(S=4000, counts=None, bias=None, mask=None, logits=LOGITS, **wishes):
+def draw(S=4000, counts=None, bias=None, mask=None, logits=LOGITS, plain=False, **wishes):
     """S draws at positions 0 to S - 1 by one key; all of one wish."""
     rows = {}
     for name, value in {**NEUTRAL, "key_0": 5, "key_1": 6, **wishes}.items():
@@ -32,12 +32,14 @@ def draw(S=4000, counts=None, bias=None, mask=None, logits=LOGITS, **wishes):
         rows[name] = jnp.full((S,), value, dtype)
     tile = lambda a, dtype: jnp.tile(jnp.asarray(a, dtype)[None], (S, 1))  # noqa: E731
     packed = np.packbits(np.ones(V, bool) if mask is None else mask, bitorder="little")
-    return _sample()(
-        tile(logits, jnp.float32), rows, jnp.arange(S, dtype=jnp.int32),
+    wanted = Wishes(
         tile(np.zeros(V) if counts is None else counts, jnp.int32),
-        tile(np.zeros(V) if bias is None else bias, jnp.float32),
+        tile(np.zeros(V) if bias is None else bias, jnp.float32), jnp.arange(S),
         tile(packed.view(np.uint32), jnp.uint32), jnp.ones(4, jnp.int32),
     )  # fmt: skip
+    return _sample()(
+        tile(logits, jnp.float32), rows, jnp.arange(S, dtype=jnp.int32), None if plain else wanted
+    )
 
 
 def softmax(x):
@@ -125,6 +127,13 @@ def test_greedy_is_the_likeliest_and_told_at_temperature_one():
     drawn = draw(S=4, temperature=0.0)
     assert set(np.asarray(drawn.tokens).tolist()) == {int(np.argmax(LOGITS))}
     np.testing.assert_allclose(drawn.logps, np.log(softmax(LOGITS).max()), atol=1e-5)
+
+
+def test_without_wishes_the_draws_are_the_same():
+    for temperature in (0.0, 0.7):
+        plain, asked = (draw(temperature=temperature, plain=p) for p in (True, False))
+        assert np.array_equal(plain.tokens, asked.tokens)
+        assert np.array_equal(plain.logps, asked.logps) and not np.any(plain.top_logps)
 
 
 def test_a_token_of_no_weight_is_never_drawn():

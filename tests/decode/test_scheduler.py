@@ -280,7 +280,8 @@ def test_layouts_stand_once_and_hold_what_they_must():
         made = layouts(max_running=running, budget=budget, pages=40, steps=1, drafts=4,
                        reads_dead_pages=True)  # fmt: skip
         assert len(made) == len(set(made))
-        most = {"tokens": budget, "rows": running, "pages": 40, "steps": 1, "everywhere": False}
+        most = {"tokens": budget, "rows": running, "pages": 40, "steps": 1, "everywhere": False,
+                "plain": False}  # fmt: skip
         assert smallest(made, **most) and smallest(made[:1], **{**most, "tokens": running})
 
 

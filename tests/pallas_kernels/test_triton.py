@@ -149,7 +149,10 @@ EVERYTHING = {"CAUSAL": True, "WINDOW": True, "OFFSET": True, "SEGMENTS": True, 
               "SOFT_CAP": 30.0, "K": 2}  # fmt: skip
 
 
-def build(kernel, capability: int, num_warps: int, num_stages: int, **constants):
+def build(
+    kernel, capability: int, num_warps: int, num_stages: int, more_kinds: dict | None = None,
+    **constants,
+):  # fmt: skip
     """A kernel compiled by Triton down to machine code for a GPU that need not be here."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -157,7 +160,7 @@ def build(kernel, capability: int, num_warps: int, num_stages: int, **constants)
 
     kinds = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "sinks_ptr": "*fp32", "window_ptr": "*i32",
              "q_offset_ptr": "*i32", "q_segments_ptr": "*i32", "kv_segments_ptr": "*i32",
-             "T": "i32", "S": "i32", "section": "i32"}  # fmt: skip
+             "T": "i32", "S": "i32", "section": "i32", **(more_kinds or {})}  # fmt: skip
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "*bf16") for n in names}

@@ -1,0 +1,199 @@
+"""A layer of one token: interpreted on a CPU phase by phase, compiled for three GPUs.
+
+Run as a program, this file is the interpreter's process: TRITON_INTERPRET is read when triton is
+imported.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import _triton_compat, decode_layer
+from pallas_kernels.decode_layer import reference
+from pallas_kernels.decode_layer import triton as backend
+from tests.pallas_kernels.test_triton import GENERATIONS, build, compiled, interpreted, spilled
+
+PROGRAMS = 6
+FORMS = {
+    "norms": {"D": 24, "F": 40, "N": 4, "K": 2, "H": 16, "norms": True},
+    "biases": {"D": 20, "F": 33, "N": 3, "K": 3, "H": 16, "bias": True},
+}
+# length, whether the token is kept
+PLACES = {"first": (1, True), "within": (21, True), "dropped": (21, False), "full": (32, True)}
+MISTAKES = {
+    "its own key is not seen": ("tl.where(fresh, k_new, k)", "k"),
+    "no residual": ("x + y", "y"),
+    "key head of another": ("head * G + member, member < G, q_norm", "member, member < G, q_norm"),
+    "a run left out": ("live = splits * run < length", "live = splits * run + run < length"),
+    "norm left out": ("scale = _rms(x_ptr, D, EPS)", "scale = 1.0"),
+}
+
+
+def arguments(form: dict, length: int, kept: bool) -> dict[str, Any]:
+    """A layer of random weights, and pages that hold `length` - 1 tokens."""
+    D, F, N, K, H = (form[name] for name in "DFNKH")
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(rng.standard_normal(shape) * scale, jnp.float32)
+
+    R = (N + 2 * K) * H
+    weights = decode_layer.LayerWeights(
+        attn_norm=1 + normal(D, scale=0.1), qkv=normal(R, D, scale=D**-0.5),
+        o=normal(D, N * H, scale=(N * H) ** -0.5), mlp_norm=1 + normal(D, scale=0.1),
+        gate_up=normal(2 * F, D, scale=D**-0.5), down=normal(D, F, scale=F**-0.5),
+        qkv_bias=normal(R) if form.get("bias") else None,
+        q_norm=1 + normal(H, scale=0.1) if form.get("norms") else None,
+        k_norm=1 + normal(H, scale=0.1) if form.get("norms") else None,
+    )  # fmt: skip
+    page, pages = 8, 6
+    table = rng.permutation(pages)[:4].astype(np.int32)
+    slot = table[(length - 1) // page] * page + (length - 1) % page if kept else -1
+    angle = (length - 1) * 0.3 ** np.arange(H // 2)
+    held = rng.standard_normal((2, pages, K, page, H)).astype(np.float32)
+    seen = np.zeros((pages, page), bool)
+    for position in range(length - 1):
+        seen[table[position // page], position % page] = True
+    held = np.where(seen[None, :, None, :, None], held, np.nan)
+    return {
+        "x": normal(D), "k_pages": jnp.asarray(held[0]), "v_pages": jnp.asarray(held[1]),
+        "weights": weights, "cos": jnp.cos(angle).astype(jnp.float32),
+        "sin": jnp.sin(angle).astype(jnp.float32), "table": jnp.asarray(table),
+        "length": jnp.int32(length), "slot": jnp.int32(slot),
+    }  # fmt: skip
+
+
+OPTIONS = {"scale": 0.25, "eps": 1e-5}
+
+
+def wanted(form: dict, length: int, kept: bool) -> list[np.ndarray]:
+    made = reference.decode_layer(**arguments(form, length, kept), **OPTIONS)
+    return [np.asarray(a) for a in made]
+
+
+@interpreted
+def test_interpreted_it_is_the_mathematics(tmp_path):
+    jobs = [(form, place) for form in FORMS for place in PLACES]
+    made = in_interpreter(tmp_path, [{"form": f, "place": p} for f, p in jobs])
+    for (form, place), found in zip(jobs, made, strict=True):
+        for got, want in zip(found, wanted(FORMS[form], *PLACES[place]), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5, err_msg=f"{form} {place}")
+
+
+@interpreted
+def test_a_mistake_shows(tmp_path):
+    jobs = [{"form": "norms", "place": "within", "replace": pair} for pair in MISTAKES.values()]
+    want = wanted(FORMS["norms"], *PLACES["within"])
+    for mistake, found in zip(MISTAKES, in_interpreter(tmp_path, jobs), strict=True):
+        assert not np.allclose(found[0], want[0], atol=1e-3), mistake
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_it_compiles(tmp_path, monkeypatch, capability):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    built = compiled_for(capability, backend.Config())
+    assert built.metadata.shared <= dict(GENERATIONS.values())[capability]
+    assert "prefetch.global.L2" in built.asm["ptx"]
+    assert spilled(built, tmp_path) == 0
+
+
+def compiled_for(capability: int, config: Any) -> Any:
+    """The kernel for Qwen3-0.6B's layer."""
+    from pallas_kernels.decode_layer import triton_source
+
+    D, F, N, K, H, programs = 1024, 3072, 16, 8, 128, 128
+    rows = {"QKV": (N + 2 * K) * H, "O": D, "GU": F, "D": D}
+    return build(
+        triton_source.layer, capability, config.warps, 2, D=D, F=F, N=N, K=K, H=H, PAGE=16,
+        SCALE=0.1, EPS=1e-6, NORMED=True, BIAS=False, PROGRAMS=programs, SPLITS=programs // K,
+        KEYS=config.keys, COLS=config.columns, AHEAD=config.ahead, FIRST=0, LAST=4,
+        more_kinds=KINDS, **{f"ROWS_{n}": backend._rows(r, programs, config.rows)
+                        for n, r in rows.items()},
+    )  # fmt: skip
+
+
+FLOATS = ("x", "cos", "sin", "qkv", "parts", "lse", "heads", "inner")
+KINDS = {f"{name}_ptr": "*fp32" for name in FLOATS} | {
+    "x_in": "*fp32", "counters_in": "*i32", "counters_ptr": "*i32", "table_ptr": "*i32",
+    "facts_ptr": "*i32",
+}  # fmt: skip
+
+
+def in_interpreter(folder: Path, jobs: list[dict]) -> list[list[np.ndarray]]:
+    """Runs this file as a program on `jobs`; x, k_pages and v_pages of each."""
+    answer = str(folder / "answer.npz")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    task = json.dumps({"jobs": jobs, "answer": answer})
+    command = [sys.executable, "-m", "tests.pallas_kernels.test_decode_layer", task]
+    root = Path(backend.__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(answer) as found:
+        return [[found[f"{i} {part}"] for part in range(3)] for i in range(len(jobs))]
+
+
+if __name__ == "__main__":
+    import torch
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        """triton 3.6 takes an array of one number for a number; numpy 2.4 no longer does."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+    scratch: list[Any] = []
+
+    def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, aliases, **constants):
+        """What `_triton_compat.call` does, by the interpreter; scratch outlives a phase."""
+        given = [torch.from_numpy(np.array(x)) for x in inputs]
+        if not scratch:
+            scratch.extend(torch.full(o.shape, np.nan) for o in outputs[len(aliases) :])
+        made = [given[i] for i in aliases] + scratch
+        kernel[(programs,)](*given, *made, **constants)
+        return [jnp.asarray(out.numpy()) for out in made]
+
+    def plant(number: int, right: str, wrong: str):
+        """The kernel's source with a mistake takes the place of the one without."""
+        text = (Path(backend.__file__).parent / "triton_source.py").read_text()
+        assert right in text, right
+        (folder / f"mistaken{number}.py").write_text(text.replace(right, wrong))
+        package.triton_source = importlib.import_module(f"mistaken{number}")
+
+    task = json.loads(sys.argv[1])
+    folder = Path(task["answer"]).parent
+    sys.path.insert(0, str(folder))
+    package: Any = importlib.import_module("pallas_kernels.decode_layer")
+    right_one = importlib.import_module("pallas_kernels.decode_layer.triton_source")
+    _triton_compat.call = call
+    small = backend.Config(columns=16, rows=4, keys=16, ahead=False)
+    answers = {}
+    for number, job in enumerate(task["jobs"]):
+        package.triton_source = right_one
+        scratch.clear()
+        if "replace" in job:
+            plant(number, *job["replace"])
+        form = FORMS[job["form"]]
+        given = arguments(form, *PLACES[job["place"]])
+        facts = jnp.stack([given.pop("length"), given.pop("slot")])
+        state = [given.pop(n) for n in ("x", "k_pages", "v_pages")]
+        state.append(decode_layer.counters(form["K"]))
+        for phase in range(5):
+            state = backend.launch(
+                *state[:4], **given, facts=facts, programs=PROGRAMS, config=small,
+                phases=(phase, phase), **OPTIONS,
+            )  # fmt: skip
+        assert not np.any(state[3]), "counters are left"
+        answers |= {f"{number} {part}": np.asarray(state[part]) for part in range(3)}
+    np.savez(task["answer"], **answers)
