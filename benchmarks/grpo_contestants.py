@@ -1,0 +1,323 @@
+"""The contestants of `benchmarks.grpo_vs_trl`, each a process of its own.
+
+    python -m benchmarks.grpo_contestants "SHAPE|NAME|FOLDER"
+
+FOLDER holds the weights of each shape, which the name `weights` writes.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.turns import answer
+
+PROMPTS = {"smollm2-135m": 16, "qwen3-0.6b": 8, "tiny": 2}
+GROUP, PROMPT, NEW = 8, 64, 256
+MEAN_LENGTH = 100  # tokens, where EOS is on
+RATE = 1e-6
+STEPS, SECONDS = 5, 4.0  # the one that comes first ends a phase of a turn: no EOS, then EOS
+OURS = "jaxinfra"
+TRL: dict[str, dict[str, Any]] = {
+    "TRL, generate": {},
+    "TRL, continuous batching": {
+        "use_transformers_continuous_batching": True,
+        "transformers_continuous_batching_config": {"max_memory_percent": 0.2},
+    },
+    "TRL patched, compiled generate": {"cache_implementation": "static"},
+}
+PATCHED = "TRL patched, compiled generate"
+
+
+class Phases:
+    """The steps of one turn, some without EOS and then some with; a first quick one is dropped."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self.seconds: dict[str, list[float]] = {"off": [], "on": []}
+        self.tokens: dict[str, list[float]] = {"off": [], "on": []}
+        self._first = True
+
+    @property
+    def stop(self) -> str | None:
+        """The phase of the next step, None at the turn's end."""
+        for phase, seconds in self.seconds.items():
+            if len(seconds) < STEPS and sum(seconds) < SECONDS:
+                return phase
+        return None
+
+    def add(self, phase: str, seconds: float, tokens: float) -> None:
+        """Counts a step. A turn's first one also takes back memory that was given up after the last
+        turn; a step of many seconds counts all the same, to save the time of another."""
+        if not self._first or seconds >= SECONDS:
+            self.seconds[phase].append(seconds)
+            self.tokens[phase].append(tokens)
+        self._first = False
+
+    def result(self, **more: Any) -> dict[str, Any]:
+        return {"seconds": self.seconds, "tokens": self.tokens} | more
+
+
+def ids_of_prompts(vocab_size: int, rows: int) -> list[list[int]]:
+    """The same random tokens for all; none is special."""
+    import numpy as np
+
+    low = min(1000, vocab_size // 2)
+    high = min(vocab_size - 1, 100_000)
+    return np.random.default_rng(0).integers(low, high, (rows, PROMPT)).tolist()
+
+
+def weights(shape: str, folder: Path) -> None:
+    """Writes random weights whose stop token comes once in about MEAN_LENGTH tokens."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxinfra.model import transformer
+    from jaxinfra.model.params import init
+    from jaxinfra.model.presets import PRESETS
+    from jaxinfra.weights import safetensors
+
+    config = PRESETS[shape]
+    params = jax.jit(init, static_argnums=(1, 2))(jax.random.key(0), config, jnp.bfloat16)
+
+    @jax.jit
+    def states(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, _ = transformer.hidden(params, config, tokens)
+        others = jax.nn.logsumexp(transformer.head(params, config, x), axis=-1)
+        return x.reshape(-1, config.d_model).astype(jnp.float32), others.reshape(-1)
+
+    x, others = map(np.asarray, states(params, jnp.asarray(ids_of_prompts(config.vocab_size, 16))))
+    direction = x.mean(axis=0) / np.linalg.norm(x.mean(axis=0))
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        chance = np.mean(np.exp(-np.logaddexp(0, others - middle * (x @ direction))))
+        low, high = (middle, high) if chance < 1 / MEAN_LENGTH else (low, middle)
+    row = jnp.asarray(low * direction, params.embed.dtype)
+    embed = params.embed.at[stop_of(config)].set(row)
+    safetensors.save(folder, params.replace(embed=embed), config)
+
+
+def stop_of(config: Any) -> int:
+    """The stop token of a shape."""
+    return config.eos_ids[0] if config.eos_ids else config.vocab_size - 1
+
+
+def ours(shape: str, folder: Path) -> None:
+    """Turns of this project: the whole step is one program, compiled before the first turn."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from align.config import RLConfig
+    from align.rollout import Rollout
+    from align.step import Problems, RLState, batch_of, create, make_parts, make_step
+    from jaxinfra.model.presets import PRESETS
+    from jaxinfra.train.config import OptimizerConfig
+    from jaxinfra.weights.open import load_weights
+
+    model = PRESETS[shape]
+    rate = OptimizerConfig(learning_rate=RATE, warmup_steps=0, final_fraction=1.0, weight_decay=0.0)
+    config = RLConfig(prompts=PROMPTS[shape], group_size=GROUP, max_new_tokens=NEW, optimizer=rate)
+
+    def reward(r: Rollout, _: Problems) -> jax.Array:
+        return jnp.sum(r.answer % 2 * r.mask, axis=1) / jnp.maximum(jnp.sum(r.mask, axis=1), 1.0)
+
+    def told_to_stop(at: jax.Array) -> RLConfig:
+        traced: Any = at  # so that both phases are one program
+        return dataclasses.replace(config, stop_id=traced)
+
+    def one(state: RLState, problems: Problems, stop: jax.Array) -> tuple[RLState, Any]:
+        step = make_step(told_to_stop(stop), model, reward, dtype=jnp.bfloat16)
+        return step(state, problems)
+
+    def drawn(state: RLState, problems: Problems, stop: jax.Array) -> jax.Array:
+        parts = make_parts(told_to_stop(stop), model, dtype=jnp.bfloat16)
+        return parts.rollout(state, batch_of(problems, config, state)).tokens
+
+    params = load_weights(folder, jnp.bfloat16)[1]
+    state = jax.jit(lambda p: create(config, p))(params)
+    prompts = jnp.asarray(ids_of_prompts(model.vocab_size, 512), jnp.int32)
+    problems = {"prompts": prompts, "lengths": jnp.full((512,), PROMPT, jnp.int32)}
+    stops = {"off": jnp.int32(-1), "on": jnp.int32(stop_of(model))}
+    start = time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        programs = [jax.jit(one, donate_argnums=0), jax.jit(drawn)]
+        lowered = [program.lower(state, problems, stops["off"]) for program in programs]
+        step, draw = pool.map(lambda program: program.compile(), lowered)
+    compiled = time.perf_counter() - start
+    phases = Phases()
+
+    def rollout_seconds(stop: jax.Array) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(draw(state, problems, stop))
+        return time.perf_counter() - start
+
+    def turn() -> dict:
+        nonlocal state
+        phases.begin()
+        mismatch = []
+        while phase := phases.stop:
+            start = time.perf_counter()
+            state, metrics = step(state, problems, stops[phase])
+            told = jax.device_get(metrics)
+            seconds = time.perf_counter() - start
+            phases.add(phase, seconds, float(told["completions/mean_length"]))
+            mismatch.append(float(told["mismatch_kl"]))
+        alone = {phase: rollout_seconds(stop) for phase, stop in stops.items()}
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return phases.result(
+            peak_bytes=peak, mismatch_kl=mismatch, compile_s=compiled, rollout_s=alone
+        )
+
+    serve(turn)
+
+
+def theirs(shape: str, folder: Path, how: str) -> None:
+    """Turns of TRL's trainer, whose loop waits between two of them."""
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    from jaxinfra.model.presets import PRESETS
+
+    model_config = PRESETS[shape]
+    answers, stop = PROMPTS[shape] * GROUP, stop_of(model_config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    model.to(device)
+    model.generation_config.eos_token_id = model.config.eos_token_id = stop
+    rows = ids_of_prompts(model_config.vocab_size, 512)
+    asked: queue.Queue[bool] = queue.Queue()
+    told: queue.Queue[dict] = queue.Queue()
+    phases, cuda = Phases(), torch.cuda
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [sum(token % 2 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+    table = datasets.table.InMemoryTable.from_pydict(
+        {"prompt": [" ".join(map(str, row)) for row in rows]}
+    )
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=trl.GRPOConfig(
+            output_dir=tempfile.mkdtemp(), use_cpu=device == "cpu", max_steps=10_000, bf16=False,
+            per_device_train_batch_size=answers // 2, gradient_accumulation_steps=2,
+            num_generations=GROUP, max_completion_length=NEW, learning_rate=RATE,
+            lr_scheduler_type="constant", gradient_checkpointing=False, report_to=[],
+            logging_strategy="no", save_strategy="no", disable_tqdm=True, **TRL[how],
+        ),
+        train_dataset=datasets.Dataset(table, fingerprint="prompts"),
+        processing_class=words(model_config.vocab_size, stop),
+    )  # fmt: skip
+    if how == PATCHED:
+        trainer.generation_config.disable_compile = False
+
+    def set_stop(phase: str) -> None:
+        ids = [stop] if phase == "on" else [-1]  # the id that no token has
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = ids
+        trainer.generation_kwargs["eos_token_id"] = ids
+
+    def set_length(tokens: int) -> None:
+        trainer.max_completion_length = trainer.generation_config.max_new_tokens = tokens
+        trainer.generation_kwargs["max_new_tokens"] = tokens
+
+    def turn() -> dict:
+        asked.put(True)
+        return told.get()
+
+    class TakeTurns(transformers.TrainerCallback):
+        waiting, warm = False, False
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if self.waiting:
+                asked.get()
+                self.waiting = False
+                phases.begin()
+                if cuda.is_available():
+                    cuda.reset_peak_memory_stats()
+            self.phase = phases.stop or "off"
+            set_stop(self.phase)
+            self.start = _synchronised(cuda)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds = _synchronised(cuda) - self.start
+            length = trainer._metrics["train"]["completions/mean_length"][-1]
+            if self.warm:
+                phases.add(self.phase, seconds, float(length))
+            else:  # the step before the first turn
+                set_length(NEW)
+                threading.Thread(target=serve, args=(turn,), daemon=True).start()
+            if not self.warm or phases.stop is None:
+                peak = cuda.max_memory_allocated() if cuda.is_available() else None
+                cuda.empty_cache()
+                if self.warm:
+                    told.put(phases.result(peak_bytes=peak))
+                self.waiting = self.warm = True
+
+    if how != PATCHED:  # a program is compiled for the length that it will have
+        set_length(8)
+    trainer.add_callback(TakeTurns())
+    trainer.train()
+
+
+def serve(turn: Callable[[], dict]) -> None:
+    """Answers the first line when all is compiled, and every other by a turn."""
+    calls = iter([lambda: {"ready": True}])
+    sys.stdout = sys.__stdout__
+    answer(lambda: next(calls, turn)())
+    os._exit(0)
+
+
+def _synchronised(cuda: Any) -> float:
+    if cuda.is_available():
+        cuda.synchronize()
+    return time.perf_counter()
+
+
+def words(size: int, stop: int) -> Any:
+    """A tokenizer whose tokens are the numbers of their ids, but for padding, 0, and the stop."""
+    import tokenizers
+    import transformers
+
+    names = [str(i) for i in range(size)]
+    names[0], names[stop] = "<pad>", "<stop>"
+    ids = {name: i for i, name in enumerate(names)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<pad>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<stop>"
+    )
+
+
+def contestant(told: str) -> None:
+    """What a process of its own does: "SHAPE|NAME|FOLDER"."""
+    shape, name, folder = told.split("|")
+    sys.stdout = sys.stderr  # the other side reads answers alone
+    place = Path(folder) / shape
+    if name == "weights":
+        weights(shape, place)
+    elif name == OURS:
+        ours(shape, place)
+    else:
+        theirs(shape, place, name)
+
+
+if __name__ == "__main__":
+    contestant(sys.argv[-1])
