@@ -32,6 +32,7 @@ from agent.model import (
     TransportError,
     Usage,
 )
+from agent.returns import Returns
 from decode.request import Output, QueueFull
 from decode.server.tools import Delta as Piece
 from jaxinfra.errors import UserError
@@ -61,8 +62,9 @@ class Account(Used):
 class EngineModel:
     """A Model over `engine`, which from now on belongs to a thread of this model's.
 
-    lease: seconds for which a turn's pages are kept while its tools run. leased: the share of all
-    pages that may be. `salt` may be set at any time: prefixes are shared only under one salt.
+    While a turn's tools run its pages are leased until they usually return: those wanted last go
+    first where others need pages. lease: seconds after which that ends; leased: the share of all
+    pages that it may take. `salt` may be set at any time: prefixes are shared only under one salt.
     """
 
     def __init__(
@@ -70,11 +72,11 @@ class EngineModel:
         leased: float = 0.5, price: Price | None = None,
     ) -> None:  # fmt: skip
         self.name, self.salt = name, ""
-        self._lease, self._price = lease, price or Price()
+        self._price, self._returns = price or Price(), Returns()
         self._max_len, self._page = engine.config.max_len, engine.config.page_size
         self._sessions = Sessions(tokenizer)
         self._accounts: dict[str, Account] = {}
-        self._thread = EngineThread(engine, leased)
+        self._thread = EngineThread(engine, leased, lease)
 
     @classmethod
     def load(
@@ -134,15 +136,17 @@ class EngineModel:
         known = self._sessions.get(session)
         if known is not None:
             self._sessions.put(new, known)
-            self._thread.hold(session, known.tokens, self._lease, known.salt)
+            self._thread.hold(session, known.tokens, 0.0, known.salt)
 
     def release(self, session: str) -> None:
         """The session will not be asked again; what it used stays in its account."""
         self._sessions.drop(session)
+        self._returns.forget(session)
         self._thread.release(session)
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
         """See Model."""
+        self._returns.comes(request.session)
         turn = self._sessions.turn(request, self._max_len)
         params = replace(turn.ask.params, max_tokens=self._room(turn, request.settings.max_tokens))
         asked = replace(
@@ -206,7 +210,8 @@ class EngineModel:
             tokens = turn.tokens + (message.tokens or ())
             self._sessions.put(request.session, Session((*said, message), tokens, tools, salt))
             if message.calls:
-                self._thread.hold(request.session, tokens, self._lease, salt)
+                expected = self._returns.leaves(request.session, (c.name for c in message.calls))
+                self._thread.hold(request.session, tokens, expected, salt)
 
 
 class _Parts:

@@ -48,19 +48,30 @@ class _Asked:
     key: str
 
 
-class EngineThread:
-    """Runs `engine` until `close`. Leased prefixes take at most the share `leased` of its pages."""
+@dataclass(frozen=True)
+class _Held:
+    """A lease: its number, its pages, when they are wanted and when it ends (time.monotonic())."""
 
-    def __init__(self, engine: Engine, leased: float = 0.5) -> None:
+    lease: int
+    pages: int
+    wanted: float
+    until: float
+
+
+class EngineThread:
+    """Runs `engine` until `close`. Leases take at most the share `leased` of its pages, and each ends
+    after `lease` seconds."""
+
+    def __init__(self, engine: Engine, leased: float = 0.5, lease: float = 60.0) -> None:
         self.total = Used()
         self.leases = 0  # that stand
         self._engine = engine
-        self._room = int(leased * engine.config.pages)
+        self._room, self._longest = int(leased * engine.config.pages), lease
         self._meter = _Meter(engine.scheduler.policy)
         engine.scheduler.policy = self._meter
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._asked: dict[str, _Asked] = {}  # by request
-        self._held: dict[str, tuple[int, float, int]] = {}  # by key: lease, until, pages
+        self._held: dict[str, _Held] = {}  # by key
         self._last: list[tuple[Used, int, list[int]]] = []
         self._closed, self._why, self._over = False, "", False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -78,7 +89,9 @@ class EngineThread:
         self._order(lambda: self._abort(id))
 
     def hold(self, key: str, tokens: tuple[int, ...], seconds: float, salt: str) -> None:
-        """Leases the cached prefix of `tokens` under `key`, if there is room for it."""
+        """Leases the cached prefix of `tokens` under `key`, as it is wanted in so many seconds.
+
+        Where leases take too much, the one that is wanted last goes."""
         self._order(lambda: self._hold(key, tokens, seconds, salt))
 
     def release(self, key: str) -> None:
@@ -118,7 +131,7 @@ class EngineThread:
     def _obey(self) -> None:
         """Carries out what was ordered; without work waits for an order, or a lease's end."""
         idle = not (self._closed or self._over or self._engine.has_work())
-        ends = min((until for _, until, _ in self._held.values()), default=None)
+        ends = min((held.until for held in self._held.values()), default=None)
         wait = None if ends is None else max(0.0, ends - time.monotonic())
         try:
             while True:
@@ -127,7 +140,7 @@ class EngineThread:
         except queue.Empty:
             pass
         now = time.monotonic()
-        for key in [key for key, (_, until, _) in self._held.items() if until <= now]:
+        for key in [key for key, held in self._held.items() if held.until <= now]:
             self._give_up(key)
 
     def _gone(self) -> UserError:
@@ -153,18 +166,19 @@ class EngineThread:
         self._give_up(key)
         if self._over:
             return
-        pages = len(tokens) // self._engine.config.page_size
-        if pages + sum(held for _, _, held in self._held.values()) > self._room:
+        lease, now = self._engine.lease(tokens, seconds, salt), time.monotonic()
+        if lease is None:
             return
-        lease = self._engine.lease(tokens, seconds, salt)
-        if lease is not None:
-            self._held[key] = lease, time.monotonic() + seconds, pages
-            self.leases = len(self._held)
+        pages = len(tokens) // self._engine.config.page_size
+        self._held[key] = _Held(lease, pages, now + seconds, now + self._longest)
+        self.leases = len(self._held)
+        while sum(held.pages for held in self._held.values()) > self._room:
+            self._give_up(max(self._held, key=lambda key: self._held[key].wanted))
 
     def _give_up(self, key: str) -> None:
         held = self._held.pop(key, None)
         if held is not None:
-            self._engine.give_up(held[0])
+            self._engine.give_up(held.lease)
             self.leases = len(self._held)
 
     def _step(self) -> None:
@@ -176,8 +190,6 @@ class EngineThread:
         # A step that computed nothing only read what the one before it made.
         self._last = [(self._asked[id].used, *what) for id, what in used.items()] or self._last
         self._charge(seconds, self._last)
-        if not outputs and not used and self._held and self._engine.has_work():
-            self._give_up(next(iter(self._held)))  # leases are soft: they keep nobody from running
         for output in outputs:
             self._give_up(self._asked[output.request_id].key)
         self._tell([(output.request_id, output) for output in outputs])

@@ -120,9 +120,9 @@ class Engine:
             self._forget(sequence)
 
     def lease(self, tokens: tuple[int, ...], seconds: float, salt: str = "") -> int | None:
-        """Keeps what is cached of the prefix `tokens` for some seconds; None where nothing is.
+        """Tells that the prefix `tokens` is wanted again in some seconds; None if it is not cached.
 
-        A lease may end later than its time, never sooner: whoever took it gives it up.
+        Where pages are needed, what is wanted last goes first. Whoever took a lease gives it up.
         """
         if self.cache is None:
             return None

@@ -2,16 +2,19 @@
 
 A node is one full page; the path to it spells the tokens before. Sequences that begin alike take
 those pages instead of computing them. The cache holds every page in it once; a page that only the
-cache holds can be taken back, leaves first, the one used longest ago first. A lease keeps a prefix
-from that until it is given up or its time has come (RadixAttention, arXiv 2312.07104, by whole
-pages). Prefixes under different salts never meet.
+cache holds can be taken back, leaves first, the one used longest ago first (RadixAttention, arXiv
+2312.07104, by whole pages). A lease says when a prefix will be wanted again: such pages go last,
+the one that is wanted last first, as an oracle would choose (Belady, 1966); of those that are late,
+the latest. So no lease keeps anybody from running. Prefixes under different salts never meet.
 
-Cost: `match` and `insert` hash each page's tokens once; `evict` looks at each page once.
+Cost: `match` and `insert` hash each page's tokens once; `evict` looks at each page once, and so
+frees a 64th of them where it was asked for less.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +29,7 @@ class Node:
     page: int
     parent: Node | None
     used: int = 0  # when a match or an insert last went through it
-    leases: dict[int, float] = field(default_factory=dict)  # until when, by lease
+    leases: dict[int, float] = field(default_factory=dict)  # when it is wanted, by lease
     salt: str = ""  # of a root
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
 
@@ -68,13 +71,13 @@ class PrefixCache:
             child.used = self._clock
             node = child
 
-    def lease(self, tokens: Sequence[int], until: float, salt: str = "") -> int | None:
-        """Keeps the known prefix of `tokens` until a time; None if nothing of it is known."""
+    def lease(self, tokens: Sequence[int], wanted: float, salt: str = "") -> int | None:
+        """Tells when the known prefix of `tokens` is wanted; None if nothing of it is known."""
         path = self._path(tokens, salt)
         if not path:
             return None
         self._next_lease += 1
-        path[-1].leases[self._next_lease] = until
+        path[-1].leases[self._next_lease] = wanted
         self._leased[self._next_lease] = path[-1]
         return self._next_lease
 
@@ -96,12 +99,13 @@ class PrefixCache:
         self.epoch += 1
 
     def evict(self, count: int, now: float) -> int:
-        """Frees up to `count` pages that only the cache holds; returns how many it freed."""
-        for lease in [x for x, node in self._leased.items() if node.leases[x] <= now]:
-            self.give_up(lease)
+        """Frees pages that only the cache holds, `count` or a 64th of all that it has; returns how
+        many: fewer where fewer can go."""
+        count = max(count, self.pages // 64)
         leaves = [
-            (node.used, i, node) for i, node in enumerate(self._nodes()) if self._can_go(node)
-        ]
+            (self._worth(node, now), i, node) for i, node in enumerate(self._nodes())
+            if self._can_go(node)
+        ]  # fmt: skip
         heapq.heapify(leaves)
         freed = 0
         while freed < count and leaves:
@@ -112,14 +116,29 @@ class PrefixCache:
             self._pool.release([leaf.page])
             self.pages -= 1
             freed += 1
+            self._move_leases(leaf, parent)
             if parent.parent is not None and self._can_go(parent):
-                heapq.heappush(leaves, (parent.used, order, parent))
+                heapq.heappush(leaves, (self._worth(parent, now), order, parent))
             elif parent.parent is None and not parent.children:
                 del self._roots[parent.salt]
         return freed
 
+    def _worth(self, node: Node, now: float) -> tuple[float, int]:
+        """What goes first is worth least: no lease; then a lease on what is wanted in long, or was
+        long ago, as who is late tends to be so for as long again."""
+        soonest = min((abs(wanted - now) for wanted in node.leases.values()), default=math.inf)
+        return -soonest, node.used
+
+    def _move_leases(self, gone: Node, to: Node) -> None:
+        """What is left of a prefix is wanted when the whole was."""
+        for lease, wanted in gone.leases.items():
+            if to.parent is None:
+                del self._leased[lease]
+            else:
+                to.leases[lease], self._leased[lease] = wanted, to
+
     def _can_go(self, node: Node) -> bool:
-        return not node.children and not node.leases and self._pool.holders[node.page] == 1
+        return not node.children and self._pool.holders[node.page] == 1
 
     def _path(self, tokens: Sequence[int], salt: str) -> list[Node]:
         node, path = self._roots.get(salt), []

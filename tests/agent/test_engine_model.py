@@ -18,6 +18,7 @@ from agent.engine_model import EngineModel
 from agent.engine_sessions import CacheMiss
 from agent.messages import Message, user
 from agent.model import Completion, Request, Settings, TextDelta, ToolSpec
+from agent.returns import Returns
 from jaxinfra.errors import UserError
 from jaxinfra.text import Tokenizer
 from tests.agent.compat_server import TEMPLATE, call
@@ -278,8 +279,41 @@ def test_a_lease_ends_in_time_and_gives_way():
         assert comes(lambda: model.leases == 1)
         held = engine.pool.take(engine.pool.free)  # nothing is free but what the lease keeps
         taken(model, Request((user("?"),), settings=dataclasses.replace(SHORT, max_tokens=2)))
-        assert model.leases == 0
         engine.pool.release(held)
+
+
+def test_leases_take_their_share_and_what_is_wanted_last_goes():
+    with serving(by_script, leased=0.4) as (model, _):  # 102 of 256 pages
+        held, room = model._thread._held, 0
+        for i, seconds in enumerate((9.0, 1.0, 5.0)):
+            called(model, f"s{i}")
+            assert comes(lambda i=i: f"s{i}" in held)
+            model._thread.hold(f"s{i}", model.tokens(f"s{i}"), seconds, "")
+            room = max(room, len(model.tokens(f"s{i}")) // 16)
+        assert comes(lambda: len(held) == 2)
+        assert 102 / 3 < room < 102 / 2 and sorted(held) == ["s1", "s2"]
+        model.release("s2")
+        assert comes(lambda: sorted(held) == ["s1"])
+
+
+def test_tools_are_expected_when_they_usually_return(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("agent.returns.time.monotonic", lambda: now[0])
+    returns = Returns()
+    for _ in range(20):
+        for name, seconds in (("slow", 30.0), ("fast", 0.2)):
+            returns.leaves("s", [name])
+            now[0] += seconds
+            returns.comes("s")
+    assert returns.leaves("a", ["slow"]) == pytest.approx(30, rel=0.01)
+    assert returns.leaves("b", ["fast"]) == pytest.approx(0.2, rel=0.01)
+    assert returns.leaves("c", ["fast", "slow"]) == pytest.approx(30, rel=0.01)
+    assert returns.leaves("d", ["new"]) == 1.0
+    returns.forget("a")
+    now[0] += 1000
+    returns.comes("a")
+    returns.comes("never left")
+    assert returns.leaves("a", ["slow"]) == pytest.approx(30, rel=0.01)
 
 
 def test_whoever_goes_away_leaves_no_page():

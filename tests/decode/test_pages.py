@@ -1,5 +1,6 @@
 """Pages, tables and the prefix cache: random operations against what the tokens must be."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ class Sequences(RuleBasedStateMachine):
         self.prefixes = self.cache(self.pool)
         self.memory = {}
         self.live = []  # (table, its tokens, its salt)
-        self.leases = []  # (number, tokens, salt, until)
+        self.leases = []  # [number, tokens that are known of it, salt, when wanted]
         self.now = 0.0
 
     def write(self, table, tokens, fresh):
@@ -88,14 +89,19 @@ class Sequences(RuleBasedStateMachine):
         table.close()
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), time=st.integers(1, 3))
-    def lease(self, data, time):
-        table, tokens, salt = data.draw(st.sampled_from(self.live))
+    @rule(data=st.data(), time=st.integers(-2, 5), ends=st.booleans())
+    def lease(self, data, time, ends):
+        i = data.draw(st.integers(0, len(self.live) - 1))
+        table, tokens, salt = self.live[i]
         self.prefixes.insert(tokens, table.pages, salt)
         lease = self.prefixes.lease(tokens, self.now + time, salt)
         assert (lease is None) == (len(tokens) < SIZE)
+        if ends:
+            table.close()
+            del self.live[i]
         if lease is not None:
-            self.leases.append((lease, list(tokens), salt, self.now + time))
+            whole = tokens[: len(tokens) // SIZE * SIZE]
+            self.leases.append([lease, whole, salt, self.now + time])
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -103,13 +109,37 @@ class Sequences(RuleBasedStateMachine):
         i = data.draw(st.integers(0, len(self.leases) - 1))
         self.prefixes.give_up(self.leases.pop(i)[0])
 
-    @rule(count=st.integers(1, COUNT))
+    @rule(count=st.integers(1, 3) | st.integers(1, COUNT))
     def evict(self, count):
         self.now += 0.5
-        self.leases = [x for x in self.leases if x[3] > self.now]
         free = self.pool.free
         freed = self.prefixes.evict(count, self.now)
         assert self.pool.free - free == freed <= count
+        self.shortened()
+
+    def shortened(self):
+        """What is left of leased prefixes; what is wanted sooner than one that lost pages is whole,
+        and all without a lease had gone before."""
+        lost, left = [], []
+        for lease in self.leases:
+            _, tokens, salt, wanted = lease
+            known = self.known(tokens, salt)
+            if known < len(tokens):
+                lost.append(abs(wanted - self.now))
+                lease[1] = tokens[:known]
+        for node in self.prefixes._nodes():
+            if not node.children and self.pool.holders[node.page] == 1:
+                left.append(min((abs(w - self.now) for w in node.leases.values()), default=99.0))
+        assert not lost or max(left, default=0.0) <= min(lost)
+        self.leases = [lease for lease in self.leases if lease[1]]
+
+    def known(self, tokens, salt):
+        """Of `tokens`; looked up without being used."""
+        node, count = self.prefixes._roots.get(salt), 0
+        while node is not None:
+            node = node.children.get(tuple(tokens[count : count + SIZE]))
+            count += SIZE * (node is not None)
+        return count
 
     @invariant()
     def every_page_is_accounted_for(self):
@@ -126,10 +156,10 @@ class Sequences(RuleBasedStateMachine):
 
     @invariant()
     def leased_prefixes_are_there(self):
-        for _, tokens, salt, _ in self.leases:
-            pages = self.prefixes.match([*tokens, 0], salt)
-            assert len(pages) == len(tokens) // SIZE
-            self.pool.release(pages)
+        for number, tokens, salt, wanted in self.leases:
+            assert self.known(tokens, salt) == len(tokens)
+            assert self.prefixes._leased[number].leases[number] == wanted
+        assert len(self.prefixes._leased) == len(self.leases)
 
 
 def run(machine):
@@ -160,14 +190,25 @@ class ForksWithoutHolding(Table):
         return replace(self, pages=list(self.pages))
 
 
-class EvictsLeased(PrefixCache):
-    def _can_go(self, node):
-        return not node.children and self._pool.holders[node.page] == 1
+class ForgetsLeases(PrefixCache):
+    def _worth(self, node, now):
+        return 0.0, node.used
+
+
+class EvictsTheSoonest(PrefixCache):
+    def _worth(self, node, now):
+        worth, used = super()._worth(node, now)
+        return (worth if worth == -math.inf else -worth), used
+
+
+class LosesLeases(PrefixCache):
+    def _move_leases(self, gone, to):
+        pass
 
 
 class EvictsHeld(PrefixCache):
     def _can_go(self, node):
-        return not node.children and not node.leases
+        return not node.children
 
 
 class IgnoresSalt(PrefixCache):
@@ -188,7 +229,7 @@ class ForgetsTheStart(PrefixCache):
     ("part", "wrong"),
     [
         ("cache", EvictsHeld),
-        ("cache", EvictsLeased),
+        ("cache", LosesLeases),
         ("cache", ForgetsTheStart),
         ("table", ForksWithoutHolding),
         ("table", WritesIntoShared),
@@ -232,6 +273,30 @@ def test_the_prefix_used_longest_ago_goes_first():
     pool.release(prefixes.match([1, 9]))
     assert prefixes.evict(1, 0.0) == 1
     assert [len(prefixes.match([token, 9])) for token in (1, 2, 3)] == [1, 0, 1]
+
+
+def leased_order(cache):
+    """In which order prefixes go, a page at a time: wanted in 5 s, in 1 s, 10 s ago, never."""
+    pool = Pages(8, 1)
+    prefixes = cache(pool)
+    for name, wanted in (("a", 105.0), ("b", 101.0), ("c", 90.0), ("d", None)):
+        pages = pool.take(2)
+        prefixes.insert([ord(name), 0], pages)
+        pool.release(pages)
+        if wanted is not None:
+            prefixes.lease([ord(name), 0], wanted)
+    gone = ""
+    while prefixes.pages:
+        assert prefixes.evict(1, 100.0) == 1
+        there = {node.tokens for node in prefixes._nodes()}
+        gone += "".join(x for x in "abcd" if x not in gone and (ord(x),) not in there)
+    assert not prefixes._leased
+    return gone
+
+
+def test_what_is_wanted_last_goes_first():
+    assert leased_order(PrefixCache) == "dcab"
+    assert leased_order(ForgetsLeases) == "abcd" and leased_order(EvictsTheSoonest) == "dbac"
 
 
 def test_wrong_calls_are_told():

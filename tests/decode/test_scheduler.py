@@ -257,16 +257,16 @@ def test_a_tenant_that_comes_back_begins_where_the_others_are():
     assert policy.rank(a)[0] == policy.rank(b)[0] + 1
 
 
-def test_leases_end_by_the_clock_of_plans():
+def test_a_lease_keeps_nobody_from_running():
     pool = Pages(4, 4)
     cache = PrefixCache(pool)
     s = Scheduler(pool, budget=16, max_running=2, cache=cache)
     pages = pool.take(4)
     cache.insert(range(16), pages)
     pool.release(pages)
-    cache.lease(range(16), until=10.0)
+    cache.lease(range(16), wanted=10.0)
     s.add(Request("a", tuple(range(100, 108)), SamplingParams(max_tokens=4)))
-    assert not s.plan(5.0).chunks and s.plan(11.0).chunks
+    assert s.plan(5.0).chunks and len(cache.match(range(17))) == 2
 
 
 def test_answers_that_can_never_all_wait_are_refused_for_good():
