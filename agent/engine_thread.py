@@ -59,8 +59,8 @@ class _Held:
 
 
 class EngineThread:
-    """Runs `engine` until `close`. Leases take at most the share `leased` of its pages, and each ends
-    after `lease` seconds."""
+    """Runs `engine` until `close`. Leases take at most the share `leased` of its pages, and each
+    ends after `lease` seconds."""
 
     def __init__(self, engine: Engine, leased: float = 0.5, lease: float = 60.0) -> None:
         self.total = Used()
