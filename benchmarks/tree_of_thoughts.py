@@ -47,7 +47,7 @@ SIZES = {  # words of the task, tokens of a thought, of a sequence, of a step
     "cpu": {"words": 300, "thought": 16, "max_len": 1024, "budget": 256},
     "gpu": {"words": 1500, "thought": 48, "max_len": 8192, "budget": 2048},
 }
-WORDS = "the road to a hill goes round each stone and over two streams then it ends".split()
+WORDS = [*"etaoinshrdlucmfw"]
 
 
 def task(number: int, words: int) -> str:

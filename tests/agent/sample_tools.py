@@ -22,7 +22,7 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-@tool(timeout=1.0, effects="pure")
+@tool(timeout=3.0, effects="pure")
 def stubborn(pid_file: str) -> str:
     """Ignores SIGTERM, starts a child that does too, and never ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -266,8 +266,8 @@ def test_a_lease_keeps_pages_while_tools_run(leased, lost):
 
 
 def comes(what):
-    """Whether it is so within seconds."""
-    return any(what() or time.sleep(0.01) for _ in range(500))
+    """Whether it is so within a minute."""
+    return any(what() or time.sleep(0.01) for _ in range(6000))
 
 
 def test_a_lease_ends_in_time_and_gives_way():

@@ -4,7 +4,6 @@ import functools
 import json
 import subprocess
 import sys
-import time
 from typing import Any
 
 import anyio
@@ -114,10 +113,8 @@ def test_limits_end_a_run_that_never_ends(limits, words):
         turn = call("double", n=len(request.messages))
         return Completion(turn, Usage(5, 5, cost=0.4), "calls")
 
-    began = time.monotonic()
     result = ask(Agent("x", ScriptedModel(forever, delay=0.01), "", (double,), limits=limits))
-    assert result.reason == "limit" and words in result.detail
-    assert valid(result.state.messages) and time.monotonic() - began < 5
+    assert result.reason == "limit" and words in result.detail and valid(result.state.messages)
 
 
 def test_the_tool_limit_is_told_and_the_model_still_answers():

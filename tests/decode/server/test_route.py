@@ -172,7 +172,7 @@ def test_who_leaves_the_router_is_aborted_behind_it():
             body = {"messages": say("x" * 900), "stream": stream}
             with (
                 contextlib.suppress(httpx.ReadTimeout),
-                httpx.stream("POST", url + CHAT, json=body, timeout=0.4) as answer,
+                httpx.stream("POST", url + CHAT, json=body, timeout=1.5) as answer,
             ):
                 next(answer.iter_raw())
 
