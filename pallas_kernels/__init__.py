@@ -3,8 +3,16 @@
 Each family has a `reference.py`, the plain mathematics that every implementation is held to.
 """
 
-from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.cross_entropy import linear_cross_entropy, token_logps
 from pallas_kernels.flash_attention import attention
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import Epilogue, matmul
 
-__all__ = ["Epilogue", "attention", "linear_cross_entropy", "matmul"]
+__all__ = [
+    "Epilogue",
+    "attention",
+    "grouped_matmul",
+    "linear_cross_entropy",
+    "matmul",
+    "token_logps",
+]

@@ -1,5 +1,16 @@
-"""Cross-entropy of a linear layer (a language model's head) without its logits in memory."""
+"""What a language model's head is asked for, without its logits in memory.
 
-from pallas_kernels.cross_entropy.chunked import linear_cross_entropy
+`linear_cross_entropy` is the loss of training, `token_logps` the log-probabilities and entropies of
+reinforcement learning. Each picks an implementation, as `choose` tells; `reference.py` is the
+specification.
+"""
 
-__all__ = ["linear_cross_entropy"]
+from pallas_kernels.cross_entropy.product import (
+    IMPLEMENTATIONS,
+    choose,
+    linear_cross_entropy,
+    supported,
+    token_logps,
+)
+
+__all__ = ["IMPLEMENTATIONS", "choose", "linear_cross_entropy", "supported", "token_logps"]
