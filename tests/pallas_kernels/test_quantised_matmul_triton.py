@@ -1,0 +1,185 @@
+"""The Triton kernel of integer weights: interpreted on a CPU, compiled for three GPUs, lowered.
+
+Run as a program, this file is the interpreter's process: TRITON_INTERPRET is read when triton is
+imported.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.quantised_matmul import formats, reference
+from pallas_kernels.quantised_matmul import triton as backend
+from tests.pallas_kernels.test_triton import (  # noqa: F401 (a fixture)
+    GENERATIONS,
+    compiled,
+    interpreted,
+    on_cuda,
+    spilled,
+)
+
+# Python 3.13 finds fault with how triton builds syntax trees.
+pytestmark = pytest.mark.filterwarnings("ignore:AnnAssign:DeprecationWarning")
+
+SOURCE = Path(backend.__file__).with_name("triton_source.py")
+
+# Rows, outputs, inputs, inputs a group, bits, tiles
+CASES = {
+    "4 bits, splits": (3, 40, 192, 96, 4, (16, 64, 4)),
+    "4 bits, one group": (16, 32, 64, 64, 4, (32, 32, 1)),
+    "8 bits, more splits than steps": (1, 24, 96, 32, 8, (16, 32, 9)),
+    "8 bits, many rows": (33, 16, 128, 64, 8, (16, 128, 1)),
+}
+
+MISTAKES = {  # a case, and what is replaced in the source by what
+    "a group's scale too late": ("4 bits, splits", "group * N + outputs", "outputs"),
+    "high and low confused": ("4 bits, one group", "tl.trans(even)", "tl.trans(odd)"),
+    "a split starts late": ("4 bits, splits", "split * EACH, tl", "split * EACH + 1, tl"),
+    "rows as long as a tile": (
+        "4 bits, splits", "rows[None, :] * N", "rows[None, :] * BLOCK_N"
+    ),
+}  # fmt: skip
+
+
+def operands(name):
+    M, N, K, group, bits, _ = CASES[name]
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(M, K)), jnp.float16)
+    values, scales = formats.integers(
+        jnp.asarray(rng.normal(size=(N, K)), jnp.float32), bits, group
+    )
+    return x, values, scales
+
+
+def in_interpreter(folder: Path, job: dict) -> np.ndarray:
+    """Runs this file as a program on `job`; the product it leaves."""
+    job = {**job, "answer": str(folder / "answer.npy")}
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable, "-m", "tests.pallas_kernels.test_quantised_matmul_triton", json.dumps(job)
+    ]  # fmt: skip
+    root = SOURCE.parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.load(job["answer"])
+
+
+@interpreted
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_interpreted(tmp_path, name):
+    wanted = np.asarray(reference.weight_matmul(*operands(name)), np.float32)
+    np.testing.assert_allclose(
+        in_interpreter(tmp_path, {"case": name}), wanted, rtol=2e-3, atol=2e-3
+    )
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", sorted(MISTAKES))
+def test_a_mistake_shows(tmp_path, mistake):
+    name, right, wrong = MISTAKES[mistake]
+    found = in_interpreter(tmp_path, {"case": name, "replace": [right, wrong]})
+    wanted = np.asarray(reference.weight_matmul(*operands(name)), np.float32)
+    assert not np.allclose(found, wanted, rtol=2e-3, atol=2e-3)
+
+
+def build(capability, tiles, bits, block_m, dtype):
+    """The kernel compiled down to machine code for a GPU that need not be here."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pallas_kernels.quantised_matmul import triton_source
+
+    kernel = triton_source.weight_matmul
+    constants = {
+        "M": block_m, "N": 1000, "K": 4096, "GROUP": 128, "BITS": bits, "BLOCK_M": block_m,
+        "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "SPLITS": 8,
+    }  # fmt: skip
+    kinds = {"x_ptr": dtype, "values_ptr": "*i8" if bits == 8 else "*u8"}
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "*fp32") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@compiled
+@pytest.mark.parametrize("generation", sorted(GENERATIONS))
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("block_m", "dtype"), [(16, "*bf16"), (64, "*fp16")])
+def test_it_compiles(tmp_path, monkeypatch, generation, bits, block_m, dtype):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    capability, shared = GENERATIONS[generation]
+    built = build(capability, backend.Tiles(), bits, block_m, dtype)
+    assert built.metadata.shared <= shared
+    assert spilled(built, tmp_path) == 0
+    assert ("wgmma" in built.asm["ptx"]) == (generation == "hopper")
+
+
+@pytest.mark.parametrize(("rows", "splits"), [(1, None), (64, 1)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_it_lowers(on_cuda, bits, rows, splits):  # noqa: F811
+    x = jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16)
+    width, dtype = (64, jnp.int8) if bits == 8 else (32, jnp.uint8)
+    values = jax.ShapeDtypeStruct((4, 100, width), dtype)
+    scales = jax.ShapeDtypeStruct((4, 100), jnp.float32)
+    tiles = backend.Tiles(splits=splits)
+    text = on_cuda(lambda *of: backend.weight_matmul(*of, tiles=tiles), 90, x, values, scales)
+    assert len(re.findall(r"custom_call @triton_kernel_call", text)) == 1
+
+
+def test_errors():
+    values, scales = jnp.zeros((2, 8, 32), jnp.int8), jnp.zeros((2, 8))
+    with pytest.raises(ValueError, match="not float32"):
+        backend.weight_matmul(jnp.zeros((4, 64)), values, scales)
+    with pytest.raises(ValueError, match=r"x\(65, 64\).*up to 64 rows, not 65"):
+        backend.weight_matmul(jnp.zeros((65, 64), jnp.bfloat16), values, scales)
+
+
+if __name__ == "__main__":
+    import importlib
+
+    import torch
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        """triton 3.6 takes an array of one number for a number; numpy 2.4 no longer does."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+    def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, **constants):
+        """What `_triton_compat.call` does, by the interpreter, on concrete arrays."""
+        tensors = [torch.from_numpy(np.array(x)) for x in inputs]
+        kinds = [getattr(torch, out.dtype.name) for out in outputs]
+        made = [torch.full(o.shape, np.nan, dtype=k) for o, k in zip(outputs, kinds, strict=True)]
+        kernel[(programs,)](*tensors, *made, **constants)
+        return [jnp.asarray(out.numpy()) for out in made]
+
+    job = json.loads(sys.argv[1])
+    backend._triton_compat.call = call
+    if "replace" in job:
+        right, wrong = job["replace"]
+        text = SOURCE.read_text()
+        assert text.count(right) == 1, right
+        Path(job["answer"]).with_name("mistaken.py").write_text(text.replace(right, wrong))
+        sys.path.insert(0, str(Path(job["answer"]).parent))
+        package: Any = importlib.import_module("pallas_kernels.quantised_matmul")
+        package.triton_source = importlib.import_module("mistaken")
+    block_n, block_k, splits = CASES[job["case"]][-1]
+    tiles = backend.Tiles(block_n, block_k, splits)
+    np.save(job["answer"], np.asarray(backend.weight_matmul(*operands(job["case"]), tiles=tiles)))
