@@ -7,12 +7,15 @@ from pallas_kernels.cross_entropy import linear_cross_entropy, token_logps
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.matmul import Epilogue, matmul
+from pallas_kernels.quantised_matmul import fp8_matmul, weight_matmul
 
 __all__ = [
     "Epilogue",
     "attention",
+    "fp8_matmul",
     "grouped_matmul",
     "linear_cross_entropy",
     "matmul",
     "token_logps",
+    "weight_matmul",
 ]
