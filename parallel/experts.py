@@ -31,6 +31,7 @@ from jaxinfra.errors import UserError
 from jaxinfra.model import moe
 from jaxinfra.model.config import Experts
 from jaxinfra.model.params import MoE
+from pallas_kernels import grouped_matmul
 from parallel.mesh import DATA, Axis, index, present, size
 from parallel.ragged import Sizes, ragged_all_to_all
 
@@ -192,11 +193,10 @@ def _ring(
 def _grouped(
     layer: MoE, rows: Float[Array, "R D"], counts: Int[Array, " e"], activation: Activation
 ) -> Float[Array, "R D"]:
-    """Each row by its expert; rows are sorted by expert, `counts` of each; others give anything."""
-    counts = counts.astype(jnp.int32)
-    inner = activation(lax.ragged_dot(rows, layer.gate, counts))
-    inner = inner * lax.ragged_dot(rows, layer.up, counts)
-    return lax.ragged_dot(inner, layer.down, counts)
+    """Each row by its expert; rows are sorted by expert, `counts` of each; others give zeros."""
+    inner = activation(grouped_matmul(rows, layer.gate, counts))
+    inner = inner * grouped_matmul(rows, layer.up, counts)
+    return grouped_matmul(inner, layer.down, counts)
 
 
 def _balance(chosen: Array, probability: Array, real: Array) -> moe.Balance:
