@@ -16,7 +16,8 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,21 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from align import text_tasks
 from align.array_rewards import GraphReward
 from align.checkpoint import RunCheckpoints
 from align.config import RLConfig
 from align.host_loop import HostLoop, JitRollouts
 from align.online_commands import WARM, OnlineConfig
 from align.records import Recorder
-from align.step import Problems, RLState, create, make_step
+from align.rewards import Scorer
+from align.step import Problems, Reward, RLState, create, make_step
 from align.system import Live, Replay, System
 from align.system.schedule import read
 from align.tasks import STOP, Task, find
 from align.warm_start import make_warm_start
 from jaxinfra.errors import UserError
+from jaxinfra.loading import Model, load
 from jaxinfra.model import params as P
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
@@ -50,17 +54,24 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a run is about: the task, its problems, the policy's shape, the algorithm."""
+    """What a run is about: problems, how answers are scored and shown, policy and algorithm."""
 
-    task: Task
     problems: Problems
+    reward: Reward | None
+    """In the graph; None where it is of text."""
+    scorer: Callable[[], Scorer]
+    """Of the host's loops."""
+    decode: Callable[[Sequence[int]], str]
     model: ModelConfig
     config: RLConfig
     dtype: Any
+    finetuned: Model | None = None
 
 
 def setting(config: OnlineConfig) -> Setting:
     """The task's problems and a model that they fit."""
+    if config.finetune is not None:
+        return _in_words(config, load(config.finetune))
     task = find(config.task)
     if config.easy:
         task = task.easy()
@@ -75,7 +86,25 @@ def setting(config: OnlineConfig) -> Setting:
                 f"{config.method}: {config.policy} has {model.vocab_size} tokens and the task "
                 f"{task.vocab_size}; give a policy that was trained on it"
             )
-    return Setting(task, problems, model, rl, jnp.dtype(config.dtype))
+    return Setting(
+        problems, task.reward, lambda: GraphReward(task.reward, name=task.name), task.decode,
+        model, rl, jnp.dtype(config.dtype),
+    )  # fmt: skip
+
+
+def _in_words(config: OnlineConfig, start: Model) -> Setting:
+    """The task in words, for a model that speaks."""
+    task, tokenizer = text_tasks.find(config.task), start.tokenizer
+    if config.easy:
+        task = task.easy()
+    if not tokenizer.eos_ids:
+        raise UserError(f"{config.method}: {config.finetune} names no token that ends an answer")
+    problems, answers = task.problems(config.problems, tokenizer, seed=config.seed)
+    return Setting(
+        problems, None, lambda: task.reward(answers, tokenizer), tokenizer.decode, start.config,
+        dataclasses.replace(config.rl, stop_id=tokenizer.eos_ids[0]), jnp.dtype(config.dtype),
+        start,
+    )  # fmt: skip
 
 
 def tiny(task: Task, room: int) -> ModelConfig:
@@ -92,6 +121,8 @@ def _room(problems: Mapping[str, Any]) -> int:
 
 def first_params(config: OnlineConfig, at: Setting) -> Params:
     """The policy before its first reward."""
+    if at.finetuned is not None:
+        return at.finetuned.params
     if config.policy is not None:
         return load_weights(config.policy, jnp.float32)[1]
     begin, learn = jax.random.split(jax.random.key(config.seed))
@@ -106,7 +137,8 @@ class _OneProgram:
     """Steps of one program each."""
 
     def __init__(self, config: OnlineConfig, at: Setting, state: RLState) -> None:
-        step = make_step(at.config, at.model, at.task.reward, steps=config.steps, dtype=at.dtype)
+        assert at.reward is not None
+        step = make_step(at.config, at.model, at.reward, steps=config.steps, dtype=at.dtype)
         self._step = jax.jit(step, donate_argnums=0)
         self._problems, self.state = jax.tree.map(jnp.asarray, at.problems), state
 
@@ -133,7 +165,8 @@ def plan(config: OnlineConfig) -> None:
     state = jax.eval_shape(
         lambda: create(rl, P.init(jax.random.key(0), at.model), steps=config.steps)
     )
-    step = make_step(rl, at.model, at.task.reward, steps=config.steps, dtype=at.dtype)
+    reward = at.reward or (lambda r, _: r.stopped)  # text's own costs the device nothing
+    step = make_step(rl, at.model, reward, steps=config.steps, dtype=at.dtype)
     problems = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dict(at.problems))
     memory = jax.jit(step, donate_argnums=0).lower(state, problems).compile().memory_analysis()
     size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))  # noqa: E731
@@ -196,7 +229,7 @@ def _run(
     recorder = None
     if config.records:
         recorder = Recorder(
-            out, at.config, at.model, groups=config.records, decode=at.task.decode, step=first,
+            out, at.config, at.model, groups=config.records, decode=at.decode, step=first,
             dtype=at.dtype,
         )  # fmt: skip
     runner, system = _runner(config, at, out, state, saved)
@@ -219,7 +252,7 @@ def _run(
     if done < last:
         console.print(f"stopped after step {done} and saved; --resume goes on")
     else:
-        _export(out, at.model, state)
+        _export(out, at, state)
     return state
 
 
@@ -234,7 +267,7 @@ def _runner(
     chunk = config.system.chunk if workers else 0
     rollouts = JitRollouts(at.config, at.model, chunk=chunk or None, dtype=at.dtype)
     loop = HostLoop(
-        at.config, at.model, at.problems, [GraphReward(at.task.reward, name=config.task)],
+        at.config, at.model, at.problems, [at.scorer()],
         steps=config.steps, rollouts=rollouts, dtype=at.dtype,
     )  # fmt: skip
     if not workers:
@@ -258,10 +291,13 @@ def _tell(log: MetricsLog, row: dict[str, Any]) -> None:
         _log.warning("%s; the run goes on", error)
 
 
-def _export(out: Path, model: ModelConfig, state: RLState) -> None:
+def _export(out: Path, at: Setting, state: RLState) -> None:
     new = out / ".model.new"
     shutil.rmtree(new, ignore_errors=True)
-    safetensors.save(new, state.trained.policy, model)
+    with tempfile.TemporaryDirectory(dir=out) as words:
+        if at.finetuned is not None:
+            at.finetuned.tokenizer.save(words)
+        safetensors.save(new, state.trained.policy, at.model, tokenizer_from=words)
     shutil.rmtree(out / "model", ignore_errors=True)
     os.replace(new, out / "model")
 

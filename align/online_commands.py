@@ -42,6 +42,10 @@ class OnlineConfig:
     """Folder for metrics, records, checkpoints and the trained model."""
     policy: Path | None = None
     """A model's folder to begin with; by default a policy of two layers with a warm start."""
+    finetune: str | None = None
+    """A model that speaks, by short name, Hugging Face id, folder or .gguf file: the task is put to
+    it in words and its text is scored (chain_sum or spell_backward; answers of rl.max_new_tokens
+    tokens; every loop but jit)."""
     warm_steps: int = 200
     """Steps of supervised learning before the first reward, where there is no `policy`."""
     problems: int = 4096
@@ -93,6 +97,10 @@ class OnlineConfig:
             raise UserError(f"{self.method}: --schedule FILE and --loop replay come together")
         if self.records and self.loop == "jit":
             raise UserError(f"{self.method}: a step in one program keeps no records: --loop host")
+        if self.finetune is not None and self.policy is not None:
+            raise UserError(f"{self.method}: policy and finetune are two models to begin with")
+        if self.finetune is not None and self.loop == "jit":
+            raise UserError(f"{self.method}: text is scored on the host: add --loop host")
         if self.loop in ("live", "replay"):
             self.system.check(self.rl)
 
