@@ -1,6 +1,6 @@
 """One tree of thoughts three ways: over forks of an engine's sessions, and over stateless HTTP.
 
-    python -m benchmarks.tree_of_thoughts      # ten minutes on two cores, three on one GPU
+    python -m benchmarks.tree_of_thoughts      # ten minutes on two idle cores, four on one GPU
 
 Breadth 8, beam 2, depth 3, every thought judged by the model: some 80 questions that share a task
 of many tokens, as many asked side by side as the search allows. `forks` is EngineModel in this
@@ -38,7 +38,7 @@ from agent.model import Model, Settings
 from agent.reason import Branch, by_value, tree_of_thoughts
 from benchmarks.turns import Contestant, answer
 
-BREADTH, BEAM, DEPTH, ROUNDS = 8, 2, 3, 3
+BREADTH, BEAM, DEPTH, ROUNDS = 8, 2, 3, 5
 NAMES = {
     "forks": "forks of a session", "http": "HTTP, no prefix cache",
     "http-cached": "HTTP, prefix cache",
@@ -208,7 +208,7 @@ def record(turns: dict[str, list[dict]], backend: str) -> None:
         inputs=f"a task of {size['words']} words, thoughts of at most {size['thought']} tokens at "
         "temperature 0.8, judgements of at most 8",
         mislead="The longer the task is beside the thoughts, the more is gained; most of it is the "
-        "prefix cache's, which HTTP can have too, and texts differ between the three",
+        "prefix cache's, which HTTP can have too; encoding answers anew may change what is said next",
         environment=environment(),
         extra={
             "over_http_with_prefix_cache": middle[cached] / middle[ours],
