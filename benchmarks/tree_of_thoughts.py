@@ -208,7 +208,7 @@ def record(turns: dict[str, list[dict]], backend: str) -> None:
         inputs=f"a task of {size['words']} words, thoughts of at most {size['thought']} tokens at "
         "temperature 0.8, judgements of at most 8",
         mislead="The longer the task is beside the thoughts, the more is gained; most of it is the "
-        "prefix cache's, which HTTP can have too; encoding answers anew may change what is said next",
+        "prefix cache's, which HTTP can have too; encoding answers anew may change what follows",
         environment=environment(),
         extra={
             "over_http_with_prefix_cache": middle[cached] / middle[ours],
