@@ -5,6 +5,7 @@ Imports no jax.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class Answer:
         for token in new:
             kept.append(token)
             self._tokens.append(token)
-            if not np.isfinite(logps[len(kept) - 1]):
+            if not math.isfinite(logps[len(kept) - 1]):
                 raise ValueError(
                     "nothing may follow: what is allowed and what is not leave no token"
                 )

@@ -36,6 +36,8 @@ def layouts(
       plain: whether wishes that no row has cost so much that every shape has a program without.
     """
     few = [max_running] if max_running < 8 else doubling(1, max_running, 4)
+    if max_running >= 64:  # half a batch is worth a program of its own
+        few = sorted({*few, max_running // 2})
     tables = doubling(16, pages, 4) if reads_dead_pages and pages > 16 else [pages]
     least = min(max(64, 2 * max_running), budget)
     mixed = [Layout(T, max_running, pages, max_running) for T in doubling(least, budget, 4)]

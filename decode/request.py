@@ -86,7 +86,8 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether temperature alone decides, and nothing but the tokens is told."""
-        changed = self.penalised or self.truncated or self.watched or self.logit_bias
+        held = self.watched or self.grammar is not None
+        changed = self.penalised or self.truncated or held or self.logit_bias
         told = self.logprobs or self.prompt_logprobs is not None
         return not (changed or told or self.allowed_tokens is not None)
 

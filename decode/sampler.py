@@ -22,6 +22,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from decode.request import LIKELIEST
+from pallas_kernels import token_draw
 
 SEEN = 1 << 20  # in `counts`: the prompt has the token; below it, times the answer has it
 _BLOCK = 512
@@ -76,6 +77,10 @@ def sample(
 
     rows: by name, [S] each, as `decode.packing.ROW`. wishes: None where no row has any.
     """
+    u = uniform(rows["key_0"], rows["key_1"], positions)
+    if wishes is None and token_draw.supported(logits.shape) is None:
+        tokens, logps = token_draw.draw(logits, rows["temperature"], u)
+        return Drawn(tokens, logps, *_nothing(*logits.shape))
     if wishes is not None:
         counts, slot, switches = wishes.counts, wishes.slot, wishes.switches > 0
         logits = jax.lax.cond(
@@ -89,7 +94,6 @@ def sample(
         logits = jax.lax.cond(switches[1], _truncated, lambda x, _: x, logits, rows)
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)
-    u = uniform(rows["key_0"], rows["key_1"], positions)
     tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), _draw(weights, u))
     tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)  # where nothing may follow
     norm = top + jnp.log(jnp.sum(weights, axis=-1, keepdims=True))
@@ -101,16 +105,18 @@ def sample(
 
 def likeliest_of(logps: Float[Array, "S V"], wanted: Bool[Array, ""] | None) -> tuple[Array, Array]:
     """The LIKELIEST tokens [S, 20] and their log-probabilities; zeros where none are wanted."""
-    S, many = logps.shape[0], min(LIKELIEST, logps.shape[1])
 
     def found(logps: Array) -> tuple[Array, Array]:
-        values, tokens = jax.lax.top_k(logps, many)
+        values, tokens = jax.lax.top_k(logps, min(LIKELIEST, logps.shape[1]))
         return tokens.astype(jnp.int32), values
 
-    def nothing(_: Array) -> tuple[Array, Array]:
-        return jnp.zeros((S, many), jnp.int32), jnp.zeros((S, many), jnp.float32)
+    nothing = _nothing(*logps.shape)
+    return nothing if wanted is None else jax.lax.cond(wanted, found, lambda _: nothing, logps)
 
-    return nothing(logps) if wanted is None else jax.lax.cond(wanted, found, nothing, logps)
+
+def _nothing(S: int, V: int) -> tuple[Array, Array]:
+    shape = S, min(LIKELIEST, V)
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
 
 def _penalised(logits: Array, rows: dict[str, Any], counts: Array) -> Array:

@@ -265,9 +265,7 @@ class Scheduler:
 
     def _steps(self, ranked: list[Sequence], steps: int) -> int:
         """`steps` where all rows can make so many and nothing else is to be done, else 1."""
-        if steps == 1 or not self.steady or len(ranked) < len(self.running):
-            return 1
-        if any(s.watched for s in ranked):
+        if steps == 1 or not self.steady or any(s.watched for s in self.running):
             return 1
         wanted = sum(s.table.missing(min(steps, s.left)) for s in ranked)
         short = wanted - self.pool.free

@@ -27,9 +27,9 @@ from pallas_kernels.decode_layer import reference, triton
 
 CONFIG, TOKENS, LENGTH, PAGE = PRESETS["qwen3-0.6b"], 20, 640, 16
 CONFIGS = [
-    triton.Config(columns=columns, rows=rows, warps=warps)
-    for columns, rows, warps in itertools.product((512, 1024), (8, 16, 32), (8, 16))
-] + [triton.Config(ahead=False), triton.Config(keys=32), triton.Config(warps=4)]
+    triton.Config(tile=tile, columns=columns, warps=warps)
+    for tile, columns, warps in itertools.product((2**14, 2**15), (1024, 4096), (8, 16))
+] + [triton.Config(keys=32), triton.Config(keys=128)]
 
 
 def layers() -> list[fused.LayerWeights]:
@@ -64,8 +64,8 @@ def token(weights: list, given: dict[str, Any], **options: Any) -> tuple[Any, li
     x, pool, count = given["x"], [], fused.counters(CONFIG.num_kv_heads)
     for layer, (k, v) in zip(weights, given["pool"], strict=True):
         x, k, v, count = fused.decode_layer(
-            x, k, v, count, layer, given["cos"], given["sin"], given["table"], given["facts"],
-            scale=CONFIG.scale, eps=CONFIG.norm_eps, **options,
+            x, k, v, count, layer, given["cos"], given["sin"], given["table"],
+            given["facts"], scale=CONFIG.scale, eps=CONFIG.norm_eps, **options,
         )  # fmt: skip
         pool.append((k, v))
     return x, pool
@@ -86,9 +86,10 @@ def main() -> None:
     """Every configuration: microseconds a token, and of the floor that reading weights sets."""
     weights = layers()
     given = inputs(len(weights))
-    want = reference.decode_layer(  # pyright: ignore
-        given["x"], *given["pool"][0], weights[0], given["cos"], given["sin"], given["table"],
-        given["facts"][0], given["facts"][1], scale=CONFIG.scale, eps=CONFIG.norm_eps,
+    (k, v), (length, slot) = given["pool"][0], given["facts"]
+    want = reference.decode_layer(
+        given["x"], k, v, weights[0], given["cos"], given["sin"], given["table"], length, slot,
+        scale=CONFIG.scale, eps=CONFIG.norm_eps,
     )[0]  # fmt: skip
     moved = sum(a.nbytes for a in jax.tree.leaves(weights))
     floor = moved / here().bandwidth

@@ -164,14 +164,14 @@ def _entry(
     ours = rates.pop("chosen", None)
     if ours is None:
         return None
-    peer = rates.get(PEER)
+    peer = rates.pop(PEER, None)
     return Entry(
         name=f"paged-attention-{shape.name}",
         claim=f"Paged attention, {shape.rows} rows of {shape.queries} queries over "
         f"{shape.shortest:,} to {shape.longest:,} tokens, heads 16/8 of 128, bfloat16",
         command="python -m jaxinfra.kernels.paged_bench",
         unit="GB/s",
-        samples={"jaxinfra": ours, **rates},
+        samples={"jaxinfra": ours} | ({"XLA": peer} if peer else {}),
         ratio=median(ours) / median(peer) if peer else None,
         interval=ratio_interval(
             tuple(1 / x for x in ours), tuple(1 / x for x in peer)
@@ -182,6 +182,8 @@ def _entry(
         mislead="bytes are those of live keys and values; pages stay in the L2 cache between calls "
         "where they fit into it",
         environment=environment(),
+        extra={"GB/s of each schedule (keys a split, keys a tile, warps, stages)":
+               {name: round(median(rate), 1) for name, rate in rates.items()}},
     )  # fmt: skip
 
 

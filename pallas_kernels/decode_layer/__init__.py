@@ -89,8 +89,8 @@ def decode_layer(
     """
     options = {"programs": _programs(k_pages.shape[1])} | options
     x, k_pages, v_pages, counters, *_ = triton.launch(
-        x, k_pages, v_pages, counters, weights, cos, sin, table, facts, scale=scale, eps=eps,
-        **options,
+        x, k_pages, v_pages, counters, weights, cos, sin, table, facts,
+        scale=scale, eps=eps, **options,
     )  # fmt: skip
     return x, k_pages, v_pages, counters
 

@@ -1,0 +1,123 @@
+"""Drawing tokens: the kernel interpreted against its specification, and compiled for three GPUs.
+
+Run as a program, this file is the interpreter's process: TRITON_INTERPRET is read when triton is
+imported.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import _triton_compat, token_draw
+from pallas_kernels.token_draw import reference
+from tests.pallas_kernels.test_triton import build, compiled, interpreted, spilled
+
+S, V, BLOCK = 40, 77, 16
+MISTAKES = {
+    "the block before": ("passed <= target", "passed - weights <= target - total"),
+    "what stands before is left out": ("tl.cumsum(within, 0) + before", "tl.cumsum(within, 0)"),
+    "no temperature": ('other=float("-inf")) / warmth', 'other=float("-inf"))'),
+    "another's best": ("bests_ptr + row * BLOCKS + winner", "bests_ptr + row * BLOCKS"),
+}
+
+
+def rows() -> list[np.ndarray]:
+    """Logits, of which some are -inf, temperatures, some of them 0, and numbers from 0 to 1."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(S, V)).astype(np.float32) * 3
+    logits[rng.random((S, V)) < 0.2] = -np.inf
+    temperature = np.where(np.arange(S) % 4 == 0, 0.0, rng.uniform(0.3, 2.0, S))
+    uniform = rng.random(S)
+    uniform[:3] = 0.0, 0.0, 0.999999
+    return [logits, temperature.astype(np.float32), uniform.astype(np.float32)]
+
+
+@interpreted
+def test_interpreted_it_is_the_specification(tmp_path):
+    (found,) = in_interpreter(tmp_path, [{}])
+    for got, want in zip(found, reference.draw(*map(jnp.asarray, rows())), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@interpreted
+def test_a_mistake_shows(tmp_path):
+    want = np.asarray(reference.draw(*map(jnp.asarray, rows()))[0])
+    jobs = [{"replace": pair} for pair in MISTAKES.values()]
+    for mistake, found in zip(MISTAKES, in_interpreter(tmp_path, jobs), strict=True):
+        assert not np.array_equal(found[0], want), mistake
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_it_compiles(tmp_path, monkeypatch, capability):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from pallas_kernels.token_draw import triton_source
+
+    whole = ("counters_in", "counters_ptr", "tokens_ptr", "bests_ptr")
+    kinds = dict.fromkeys(triton_source.draw.arg_names, "*fp32") | dict.fromkeys(whole, "*i32")
+    built = build(triton_source.draw, capability, 8, 1, more_kinds=kinds, V=151936,
+                  BLOCK=token_draw.BLOCK, BLOCKS=38, WIDE=64)  # fmt: skip
+    assert spilled(built, tmp_path) == 0
+
+
+def in_interpreter(folder: Path, jobs: list[dict]) -> list[list[np.ndarray]]:
+    """Runs this file as a program on `jobs`; tokens and log-probabilities of each."""
+    answer = str(folder / "answer.npz")
+    task = json.dumps({"jobs": jobs, "answer": answer})
+    command = [sys.executable, "-m", "tests.pallas_kernels.test_token_draw", task]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    root = Path(token_draw.__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(answer) as found:
+        return [[found[f"{i} {part}"] for part in range(2)] for i in range(len(jobs))]
+
+
+if __name__ == "__main__":
+    import torch
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        """triton 3.6 takes an array of one number for a number; numpy 2.4 no longer does."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+    def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, aliases, **constants):
+        """What `_triton_compat.call` does, by the interpreter, on concrete arrays."""
+        given = [torch.from_numpy(np.array(x)) for x in inputs]
+        made = [torch.zeros(o.shape, dtype=getattr(torch, o.dtype.name)) for o in outputs]
+        made[0] = given[0]
+        kernel[(programs,)](*given, *made, **constants)
+        assert not made[0].any(), "counters are left"
+        return [out.numpy() for out in made]
+
+    task = json.loads(sys.argv[1])
+    folder = Path(task["answer"]).parent
+    sys.path.insert(0, str(folder))
+    _triton_compat.call = call
+    package: Any = importlib.import_module("pallas_kernels.token_draw")
+    right_one = importlib.import_module("pallas_kernels.token_draw.triton_source")
+    text = Path(right_one.__file__ or "").read_text()
+    answers = {}
+    for number, job in enumerate(task["jobs"]):
+        package.triton_source = right_one
+        if "replace" in job:
+            right, wrong = job["replace"]
+            assert right in text, right
+            (folder / f"mistaken{number}.py").write_text(text.replace(right, wrong))
+            package.triton_source = importlib.import_module(f"mistaken{number}")
+        made = token_draw.draw(*map(jnp.asarray, rows()), block=BLOCK)
+        answers |= {f"{number} {part}": made[part] for part in range(2)}
+    np.savez(task["answer"], **answers)
