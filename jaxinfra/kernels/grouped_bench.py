@@ -36,13 +36,10 @@ FEW_GROUPS = 16  # of more, XLA would tune as many products of different sizes
 FORWARD, ROWS, MATRICES = "forward", "gradient of rows", "gradient of matrices"
 CONFIGS = {
     FORWARD: (
-        Config(128, 192), Config(128, 192, band=4), Config(128, 192, band=16),
-        Config(128, 128, slots=5), Config(64, 256),
+        Config(128, 192), Config(128, 192, band=16), Config(128, 128, slots=5), Config(64, 256)
     ),
     ROWS: (Config(128, 192), Config(128, 192, band=16), Config(128, 128, slots=5)),
-    MATRICES: (
-        Config(128, 192), Config(128, 128, slots=5), Config(64, 256), Config(128, 128, 128, slots=2)
-    ),
+    MATRICES: (Config(128, 192), Config(128, 128, slots=5), Config(64, 256)),
 }  # fmt: skip
 
 
