@@ -4,8 +4,9 @@ Both go through `log_distribution`: temperature, then top-k, then top-p, renorma
 that takes another temperature, or the whole vocabulary where the sampler drew from a part of it,
 has ratios that are not 1 on-policy.
 
-Cost: a forward pass; logits live for `ROWS_LOGITS` numbers at a time and are made again in the
-backward pass.
+Cost: a forward pass, and the head's logits once more in the backward pass. They never exist
+together: without top-k and top-p `pallas_kernels.token_logps` takes the head, by blocks or by a
+kernel; a cut needs a row's logits whole, and `MOST_LOGITS` of them are alive at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jaxinfra.generate import Sampling
 from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
+from pallas_kernels import token_logps as head_logps
 
 MOST_LOGITS = 2**28  # float32 logits alive at a time: 1 GiB
 
@@ -50,6 +52,11 @@ def token_logps(
 
 def _warm(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
     return logits.astype(jnp.float32) / (sampling.temperature or 1.0)
+
+
+def _cuts(V: int, sampling: Sampling) -> bool:
+    """Whether tokens are drawn from a part of the vocabulary only."""
+    return sampling.top_p < 1.0 or (sampling.top_k is not None and sampling.top_k < V)
 
 
 def _kept(logits: Float[Array, "... V"], sampling: Sampling) -> Bool[Array, "... V"]:
@@ -113,6 +120,17 @@ def state_logps(
     sampling: Sampling,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probabilities of answers, and entropies, from the states that foretell them."""
+    if not _cuts(config.vocab_size, sampling):
+        tied = params.unembed is None
+        logps, entropy = head_logps(
+            states.reshape(-1, states.shape[-1]),
+            params.embed if tied else model.unembedding(params),
+            answers.reshape(-1),
+            temperature=sampling.temperature or 1.0,
+            soft_cap=config.logit_soft_cap,
+            transpose_w=tied,
+        )
+        return logps.reshape(answers.shape), entropy.reshape(answers.shape)
 
     def rows(part: tuple[Array, Array]) -> tuple[Array, Array]:
         return token_logps(model.head(params, config, part[0]), part[1], sampling)

@@ -217,7 +217,7 @@ def _by_words(targets: jax.Array, x: jax.Array, w: jax.Array) -> Any:
     _, given = blocks.over(
         V, 8192,
         lambda start, size, carry: (
-            carry, part(x, Rule().block(w, start, size), targets - jnp.int32(start))
+            carry, part(x, Rule().block(w, start, size), targets - start)
         ),
         None,
     )  # fmt: skip

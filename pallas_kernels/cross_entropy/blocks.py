@@ -93,7 +93,7 @@ def derivatives(
 
 
 def _is(targets: Array, columns: int) -> Array:
-    return targets[:, None] == jnp.arange(columns, dtype=targets.dtype)[None]
+    return targets[:, None] == jnp.arange(columns, dtype=jnp.int32)[None]
 
 
 def merge(
@@ -154,7 +154,7 @@ def gradients(
     def body(start: Any, size: int, carry: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         dx, dw = carry
         part = rule.block(w, start, size)
-        dz = derive(x, part, targets - jnp.asarray(start, targets.dtype), slopes)
+        dz = derive(x, part, targets - start, slopes)
         dx = dx + jnp.einsum(f"mv,{D_first}->md", dz, part, preferred_element_type=jnp.float32)
         of_part = jnp.einsum(f"md,mv->{D_first}", x, dz)
         return (dx, lax.dynamic_update_slice_in_dim(dw, of_part, start, axis)), None

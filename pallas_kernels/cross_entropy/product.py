@@ -98,6 +98,7 @@ def token_logps(
     if not temperature > 0:
         raise ValueError(f"token_logps: temperature={temperature}; want it above zero")
     _check("token_logps", x, w, targets, soft_cap, transpose_w)
+    targets = targets.astype(jnp.int32)
     name = _pick("token_logps", x, w, transpose_w, implementation, interpret)
     if x.dtype == jnp.float16:
         x, w = x.astype(jnp.float32), w.astype(jnp.float32)
@@ -136,6 +137,7 @@ def linear_cross_entropy(
       ValueError: shapes, dtypes or numbers that do not fit, or an implementation that refuses.
     """
     _check("linear_cross_entropy", x, w, targets, soft_cap, transpose_w)
+    targets = targets.astype(jnp.int32)
     name = _pick("linear_cross_entropy", x, w, transpose_w, implementation, interpret)
     if name == "mosaic_gpu":
         call = Call(

@@ -40,8 +40,8 @@ def statistics(call: Call, x: Float[Array, "M D"], w: Array, targets: Int[Array,
         return blocks.merge(parts)
 
     def body(start: Any, size: int, carry: None) -> tuple[None, Array]:
-        within = targets - jnp.asarray(start, targets.dtype)
-        return carry, blocks.statistics(call.rule, x, call.rule.block(w, start, size), within)
+        part = call.rule.block(w, start, size)
+        return carry, blocks.statistics(call.rule, x, part, targets - start)
 
     _, given = blocks.over(call.rule.words(w), _width(call, x), body, None)
     return blocks.merge(jnp.concatenate([jnp.swapaxes(part, 0, 1) for part in given], axis=1))
