@@ -149,11 +149,12 @@ def test_a_kernel_that_was_not_timed_is_not_taken_unasked(monkeypatch, caplog):
 
     asked = ((512, 128), (128, 256), jnp.bfloat16)
     assert supported("mosaic_gpu", *asked, platform="gpu") is None
-    name, why = choose(*asked, platform="gpu")
-    assert name == "xla" and "not timed" in why
-    monkeypatch.setattr(product, "TIMED", ("mosaic_gpu",))
+    name, why = choose("token_logps", *asked, platform="gpu")
+    assert name == "xla" and "not timed to be faster" in why
+    monkeypatch.setitem(product.TIMED, "token_logps", ("mosaic_gpu",))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert choose(*asked, platform="gpu")[0] == "mosaic_gpu"
+    assert choose("token_logps", *asked, platform="gpu")[0] == "mosaic_gpu"
+    assert choose("linear_cross_entropy", *asked, platform="gpu")[0] == "xla"
     with caplog.at_level(logging.DEBUG, logger=product.__name__):
         token_logps(*inputs())
     assert "xla (mosaic_gpu: Mosaic GPU needs an NVIDIA Hopper GPU" in caplog.text
