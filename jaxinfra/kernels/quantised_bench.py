@@ -120,10 +120,8 @@ def weights(console: Console) -> Iterator[Entry]:
     for K, N, L in WEIGHTS:
         keys = jax.random.split(jax.random.key(1), L + 1)
         dense = [jax.random.normal(key, (N, K), jnp.bfloat16) for key in keys[1:]]
-        quantised = {
-            bits: [jax.jit(partial(integers, bits=bits, group=GROUP))(w) for w in dense]
-            for bits in (8, 4)
-        }
+        rounded = {bits: jax.jit(partial(integers, bits=bits, group=GROUP)) for bits in (8, 4)}
+        quantised = {bits: [of(w) for w in dense] for bits, of in rounded.items()}
         for M in ROWS:
             x = jax.random.normal(keys[0], (M, K), jnp.bfloat16)
             title = f"{M} rows times [{K:,}, {N:,}], scales for {GROUP}"
@@ -154,9 +152,9 @@ def _weight_runs(
     def each(of, matrices):
         return _jit(lambda x, matrices: [of(x, *matrix) for matrix in matrices], x, matrices)
 
-    runs = {}
+    runs, exact = {}, jax.jit(reference.weight_matmul)
     for bits, matrices in quantised.items():
-        want = [reference.weight_matmul(x.astype(jnp.float32), *m) for m in matrices]
+        want = [exact(x.astype(jnp.float32), *matrix) for matrix in matrices]
         contestants: dict[str, Callable[..., Any]] = {
             f"{OURS} {bits} bits: {t.block_n} x {t.block_k}, {t.splits} splits, w{t.num_warps} "
             f"s{t.num_stages}": partial(weight_matmul, implementation="triton", tiles=t)
