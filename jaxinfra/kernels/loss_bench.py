@@ -154,27 +154,39 @@ def measured(given: Inputs, schedule: Schedule, *, plain: bool) -> Iterator[Entr
         ("token-logps-forward", "Log-probabilities with entropies, forward", both, False, 2),
         ("cross-entropy-train", "Cross-entropy, both passes", losses, True, 6),
     ):  # fmt: skip
-        runs, used, wanted = {}, {}, None
-        for who, fn in of.items():
-            fn = fn if not gradients else _with_gradients(fn, given, who)
-            if who == PLAIN:
-                wanted = jax.block_until_ready(jax.jit(fn)(given.x, given.w))
-                if not plain:
-                    continue
-            compiled = _compile(fn, given.x, given.w, who)
-            if compiled is not None:
-                runs[who] = partial(compiled, given.x, given.w)
-                used[who] = memory(compiled)
-        runs = _held(runs, wanted)
-        del wanted
-        if plain and of is both:
-            runs |= loss_bench_torch.contestant(given, gradients, ROWS)
-        if OURS not in runs or len(runs) < 2:
-            console.print(f"{title}: left out")
+        at = f"{M}x{given.D}x{V}", f"M {M:,}, D {given.D:,}, V {V:,}"
+        try:
+            seconds, used, clock = _timed(of, given, gradients=gradients, plain=plain)
+        except Exception as error:  # costs one comparison, not the rest
+            console.print(f"{title}, {at[1]}: {str(error).partition(chr(10))[0]:.200}")
             continue
-        seconds, clock = device_turns(runs, rounds=3, calls=4)
-        yield _report(f"{name}-{M}x{given.D}x{V}", f"{title}: M {M:,}, D {given.D:,}, V {V:,}",
-                      seconds, used, flops * M * given.D * V, schedule, clock)  # fmt: skip
+        work = flops * M * given.D * V
+        yield _report(f"{name}-{at[0]}", f"{title}: {at[1]}", seconds, used, work, schedule, clock)
+
+
+def _timed(
+    of: dict[str, Callable[..., Any]], given: Inputs, *, gradients: bool, plain: bool
+) -> tuple[dict[str, list[float]], dict[str, Memory], str]:
+    """Seconds and memory of those that are right, and the clock; RuntimeError where ours is not."""
+    runs, used, wanted = {}, {}, None
+    for who, fn in of.items():
+        fn = _with_gradients(fn, given) if gradients else fn
+        if who == PLAIN:
+            wanted = jax.block_until_ready(jax.jit(fn)(given.x, given.w))
+            if not plain:
+                continue
+        compiled = _compile(fn, given.x, given.w, who)
+        if compiled is not None:
+            runs[who] = partial(compiled, given.x, given.w)
+            used[who] = memory(compiled)
+    runs = _held(runs, wanted)
+    del wanted
+    if plain and BY_WORDS in of:  # torch has no part in the cross-entropy
+        runs |= loss_bench_torch.contestant(given, gradients, ROWS)
+    if OURS not in runs or len(runs) < 2:
+        raise RuntimeError("left out: ours is not among those that are right, or is alone")
+    seconds, clock = device_turns(runs, rounds=3, calls=4)
+    return seconds, used, clock
 
 
 def token_contestants(given: Inputs, schedule: Schedule) -> dict[str, Callable[..., Any]]:
@@ -203,7 +215,7 @@ def loss_contestants(given: Inputs, schedule: Schedule) -> dict[str, Callable[..
     }
 
 
-def _with_gradients(fn: Callable[..., Any], given: Inputs, who: str) -> Callable[..., Any]:
+def _with_gradients(fn: Callable[..., Any], given: Inputs) -> Callable[..., Any]:
     def run(x, w):
         out, pull = jax.vjp(fn, x, w)
         pair = isinstance(out, tuple)
