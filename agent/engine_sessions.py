@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from agent.messages import Message, to_openai
+from agent.messages import Message, choice_to_openai, to_openai
 from agent.model import Request, ToolSpec
 from decode.request import Request as EngineRequest
 from decode.server.prompts import Sender, chat
@@ -191,10 +191,11 @@ def _body(request: Request, messages: Sequence[Message]) -> dict[str, Any]:
         "messages": [to_openai(message) for message in messages],
         "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
         "stop": list(settings.stop) or None,
-        "parallel_tool_calls": request.tool_choice != "required",  # random weights never stop
+        # Where calls are asked for, random weights would never stop.
+        "parallel_tool_calls": request.tool_choice in ("auto", "none"),
     }  # fmt: skip
     if request.tools:
-        body["tool_choice"] = request.tool_choice
+        body["tool_choice"] = choice_to_openai(request.tool_choice)
         body["tools"] = [
             {"type": "function", "function": {
                 "name": t.name, "description": t.description, "parameters": dict(t.parameters)}}

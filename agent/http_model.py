@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.messages import Message, ToolCall, to_openai
+from agent.messages import Message, ToolCall, choice_to_openai, to_openai
 from agent.model import (
     CallDelta,
     Completion,
@@ -167,7 +167,7 @@ def _body(name: str, request: Request) -> dict[str, Any]:
             }
             for tool in request.tools
         ]
-        body["tool_choice"] = request.tool_choice
+        body["tool_choice"] = choice_to_openai(request.tool_choice)
     if request.schema is not None:
         body["response_format"] = {
             "type": "json_schema",

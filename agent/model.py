@@ -40,12 +40,13 @@ class Request:
     """One turn that is asked of a model.
 
     `session` names the conversation: a cache key, never content. `schema` forces the whole answer
-    into a JSON schema. `tool_choice` "required" forces a call, "none" forbids it.
+    into a JSON schema. `tool_choice` "required" forces a call, a tool's name a call of that one,
+    and "none" forbids calls; else the model chooses.
     """
 
     messages: Sequence[Message]
     tools: Sequence[ToolSpec] = ()
-    tool_choice: Literal["auto", "required", "none"] = "auto"
+    tool_choice: str = "auto"
     settings: Settings = field(default_factory=Settings)
     schema: Mapping[str, Any] | None = None
     session: str = ""

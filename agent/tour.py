@@ -1,9 +1,11 @@
-"""The tour's stage of agents: tools in a sandbox, forks that vote, a kill, a resume, a trace.
+"""The tour's stage of agents: a small model's calls, a kill, a resume, forks that vote, a trace.
 
     python -m jaxinfra tour --only agent
 
-The model is a scripted one, so what is shown is the machinery and is the same everywhere. The run
-is real: its own process, a journal on disk, SIGKILL in the middle of a tool, the kernel's sandbox.
+The model is SmolLM2-135M on the engine, in this process and in the one that is killed. It is far
+too small for the task: the plan is given, a call of the next tool each turn, and a grammar holds
+each call to its tool; what it calls them with is its own. The run is real: a process, a journal on
+disk, SIGKILL in the middle of a tool, the kernel's sandbox.
 """
 
 from __future__ import annotations
@@ -14,39 +16,52 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import anyio
+from pydantic import Field
 
-from agent.compress import estimate
+from agent.engine_model import EngineModel
 from agent.evaluate.canaries import ORDERS, canary, gullible
 from agent.evaluate.suite import any_text
 from agent.events import ToolStarted
-from agent.loop import resume, run
-from agent.messages import Message, user
-from agent.model import Completion, Price, Request, Usage
+from agent.loop import Result, resume, run
+from agent.messages import user
+from agent.model import Completion, Delta, Model, Price, Request, Settings, complete
 from agent.policy import Policy
 from agent.projections import costs
-from agent.reason import Branch, self_consistency
 from agent.sandbox import PYTHON, Sandbox
 from agent.sandbox.tools import python_tool
 from agent.scripted import ScriptedModel, call
-from agent.spec import Agent
+from agent.spec import FINAL, Agent
 from agent.sqlite_store import SQLiteStore
 from agent.tools import Tool, tool
 from agent.trace_page import family, page
+from decode.config import EngineConfig
 from jaxinfra.errors import UserError
 from jaxinfra.tour.shell import Tour
+from jaxinfra.tour.speak import MODEL
 
 SESSION = "tour"
-TASK = "What is the sum of the squares of the first ten primes? Write it down once."
-CODE = "print(sum(p * p for p in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)))"
-_PRICE = Price(input=1.0, output=4.0)
+TASK = (
+    "A farm sells 17 boxes of 24 eggs. How many eggs are that? Check it with Python, write down "
+    "the result that it gives, and then give that result."
+)
+_SUM = r"^print\([0-9]{1,3}( [-+*] [0-9]{1,3}){1,2}\)$"
+_ENGINE = EngineConfig(max_len=4096, max_running=4, budget=64, steps=1, policy="least-attained")
+_PRICE = Price(input=1.0, output=4.0, cached=0.1)
+_Small = Annotated[int, Field(ge=0, le=999)]
 
 
 def stage(tour: Tour) -> None:
-    """Runs, kills and resumes an agent, votes over forks, meets an injection, and shows it all."""
+    """Runs, kills and resumes an agent, votes over forks, meets an injection, and shows it all.
+
+    Raises UserError, which the tour tells, where the model cannot be had.
+    """
     section = tour.report.section("An agent that survives")
     try:
         level = Sandbox().describe()
@@ -54,88 +69,86 @@ def stage(tour: Tour) -> None:
         section.note(f"Left out, as code by a model runs in a sandbox or not at all: {error}")
         return
     section.text(f"Sandbox: {level.name}, with {', '.join(level.layers)}.")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _model() as model:
         journal, effects = Path(folder) / "journal", Path(folder) / "effects"
         tour.console.print("a run in a process of its own, killed in the middle of a tool")
         before = _killed(journal, effects)
-        tour.console.print("resumed here, by the journal")
-        result, events, html = anyio.run(_resumed, journal, effects)
+        tour.console.print("resumed here, by the journal; three forks vote")
+        made = anyio.run(_resumed, model, journal, effects)
         written = effects.read_text().splitlines()
-    section.text(f"The task: {TASK}")
-    section.table(
-        "Killed by SIGKILL after a tool had begun, then resumed from the journal",
-        ("what", "before the kill", "after the resume"),
-        [
-            ("events in the journal", before, len(events)),
-            ("starts of tools", 1, sum(isinstance(r.event, ToolStarted) for r in events)),
-            ("times the answer was written down", 0, len(written)),
-        ],
-    )
-    section.verbatim(f"{CODE}\n\n{result.output}\nwritten down: {', '.join(written)}")
-    section.table(
-        "Cost by model and tool (dollars at 1 a million tokens read, 4 written)",
-        ("agent", "model or tool", "times", "read", "written", "dollars", "s"),
-        [(c.agent, c.name, c.times, c.input, c.output, c.cost, c.seconds) for c in costs(events)],
-    )
-    _trace(section, html)
-    tour.console.print("three forks vote; a page tries to give orders")
-    _vote(section)
+    _show(section, made, before, written)
+    tour.console.print("a page tries to give orders")
     _injection(section)
     _boxes(section)
 
 
-def make(effects: Path, slow: bool) -> Agent:
-    """The agent of the tour; with `slow` its first tool takes long enough to be killed in."""
+def _model() -> EngineModel:
+    return EngineModel.load(MODEL, _ENGINE, price=_PRICE)
+
+
+class _InOrder:
+    """A plan for a small model: each turn is a call of the next tool, in the agent's order."""
+
+    def __init__(self, model: Model) -> None:
+        self.name, self._model = model.name, model
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
+        """See Model."""
+        turn = sum(message.role == "assistant" for message in request.messages)
+        wanted = request.tools[min(turn, len(request.tools) - 1)].name
+        async for item in self._model.stream(replace(request, tool_choice=wanted)):
+            yield item
+
+
+def make(model: Model, effects: Path, slow: bool) -> Agent:
+    """The agent of the tour; with `slow` its sandbox takes long enough to be killed in."""
     box = python_tool()
 
-    async def python(code: str) -> str:
+    @tool(effects="pure")
+    async def calculator(a: _Small, operation: Literal["+", "-", "*"], b: _Small) -> int:
+        """Computes with two numbers."""
+        return {"+": a + b, "-": a - b, "*": a * b}[operation]
+
+    @tool(effects="idempotent")
+    async def python(code: Annotated[str, Field(pattern=_SUM)]) -> str:
         """Runs Python in a sandbox."""
         if slow:
-            await anyio.sleep(60)
+            await anyio.sleep(600)
         return await box.function(code)
 
     @tool(effects="idempotent")
-    async def write_down(answer: str) -> str:
-        """Writes the answer down; twice the same answer is once."""
+    async def write_down(result: _Small) -> str:
+        """Writes down the result that Python gave; twice the same is once."""
         with open(effects, "a+") as file:
             file.seek(0)
-            if f"{answer}\n" not in file.readlines():
-                file.write(f"{answer}\n")
-        return "written"
+            if f"{result}\n" not in file.readlines():
+                file.write(f"{result}\n")
+        return f"The result is {result}."
 
-    tools: tuple[Tool, ...] = (tool(effects="idempotent")(python), write_down)
-    return Agent("mathematician", ScriptedModel(_turn), "Compute, do not guess.", tools)
-
-
-def _turn(request: Request) -> Completion:
-    told = [m.content.strip() for m in request.messages if m.role == "tool"]
-    if not told:
-        said = call("python", code=CODE)
-    elif len(told) == 1:
-        said = call("write_down", answer=told[0])
-    else:
-        said = Message("assistant", f"The sum is {told[0]}.")
-    read, written = estimate(request.messages), 12 + 8 * len(said.calls)
-    usage = Usage(read, written, 0, _PRICE.cost(read, written, 0))
-    return Completion(said, usage, "calls" if said.calls else "stop")
+    return Agent(
+        "mathematician", _InOrder(model), "Compute, do not guess.",
+        (calculator, python, write_down), output_type=_Small,
+        settings=Settings(temperature=0.0, max_tokens=160),
+    )  # fmt: skip
 
 
 def _killed(journal: Path, effects: Path) -> int:
-    """Starts the run in a process, kills it when its tool has begun; returns the journal's size."""
-    child = subprocess.Popen([sys.executable, "-m", "agent.tour", str(journal), str(effects)])
-    try:
-        for _ in range(1200):
-            time.sleep(0.025)
-            events = anyio.run(_events, journal) if journal.exists() else []
-            if any(isinstance(r.event, ToolStarted) for r in events):
-                return len(events)
-            if child.poll() is not None:
-                break
-        raise RuntimeError("the run to be killed did not begin a tool")
-    finally:
-        if child.poll() is None:
-            os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+    """Starts the run in a process, kills it when it is in the sandbox; returns the journal's size.
+
+    Raises UserError where it does not come so far."""
+    command = [sys.executable, "-m", "agent.tour", MODEL, str(journal), str(effects)]
+    with subprocess.Popen(command) as child:
+        try:
+            while child.poll() is None:
+                time.sleep(0.05)
+                events = anyio.run(_events, journal) if journal.exists() else []
+                began = (r.event for r in events if isinstance(r.event, ToolStarted))
+                if any(event.name == "python" for event in began):
+                    return len(events)
+            raise UserError(f"the run to be killed ended by itself, status {child.returncode}")
+        finally:
+            if child.poll() is None:
+                os.kill(child.pid, signal.SIGKILL)
 
 
 async def _events(journal: Path) -> list[Any]:
@@ -146,33 +159,77 @@ async def _events(journal: Path) -> list[Any]:
         store.close()
 
 
-async def _resumed(journal: Path, effects: Path) -> tuple[Any, list[Any], str]:
-    store = SQLiteStore(journal)
+@dataclass(frozen=True)
+class _Made:
+    """What came of it: the resumed run, its journal and trace, the vote, and the run's tokens."""
+
+    result: Result
+    events: list[Any]
+    html: str
+    votes: Counter[str]
+    prompt: int
+    cached: int
+    recomputed: int
+    forks_cached: int
+
+
+async def _resumed(model: EngineModel, journal: Path, effects: Path) -> _Made:
+    agent, store = make(model, effects, slow=False), SQLiteStore(journal)
     try:
-        result = await resume(make(effects, slow=False), SESSION, store=store)
+        result = await resume(agent, SESSION, store=store)
         sessions = await family(store, SESSION)
-        return result, sessions[SESSION], page(SESSION, sessions)
     finally:
         store.close()
+    asked = (*result.state.prompt, user("Once more: how many eggs are that?"))
+    votes: Counter[str] = Counter()
+
+    async def vote(seed: int) -> None:
+        session = f"{SESSION}/{seed}"
+        model.fork(SESSION, session)
+        end = await complete(model, Request(
+            asked, agent.specs, FINAL, Settings(temperature=0.8, max_tokens=160, seed=seed),
+            session=session,
+        ))  # fmt: skip
+        votes[end.message.calls[0].arguments] += 1
+
+    async with anyio.create_task_group() as group:
+        for seed in range(3):
+            group.start_soon(vote, seed)
+    own, forks = model.account(SESSION), [model.account(f"{SESSION}/{i}") for i in range(3)]
+    return _Made(
+        result, sessions[SESSION], page(SESSION, sessions), votes, own.prompt, own.cached,
+        own.recomputed, min(fork.cached for fork in forks),
+    )  # fmt: skip
 
 
-def _trace(section: Any, html: str) -> None:
-    start, end = html.index("<svg"), html.index("</svg>") + len("</svg>")
-    section.text("When what ran; jaxinfra agent trace SESSION shows the whole conversation too.")
-    section.parts.append(f"<figure>{html[start:end]}</figure>")
-
-
-def _vote(section: Any) -> None:
-    def turn(request: Request) -> str:
-        drawn = ("17 * 24 = 408\nAnswer: 408", "17 * 24 = 398\nAnswer: 398")
-        return drawn[request.settings.seed == 1]
-
-    branch = Branch(ScriptedModel(turn), (user("Be exact."),))
-    vote = anyio.run(self_consistency, branch, "What is 17 * 24?", 3)
+def _show(section: Any, made: _Made, before: int, written: list[str]) -> None:
+    starts = sum(isinstance(r.event, ToolStarted) for r in made.events)
+    section.text(f"The task: {TASK}")
+    section.table(
+        "Killed by SIGKILL in the sandbox, then resumed from the journal",
+        ("what", "before the kill", "after the resume"),
+        [
+            ("events in the journal", before, len(made.events)), ("starts of tools", 2, starts),
+            ("times an answer was written down", 0, len(written)),
+        ],
+    )  # fmt: skip
+    said = [f"{c.name} {c.arguments}" for m in made.result.state.messages for c in m.calls]
+    section.text("Its calls, each held to its tool's schema token by token:")
+    section.verbatim("\n".join(said))
     section.text(
-        f"Three forks of one conversation were asked for 17 * 24 and voted "
-        f"{dict(vote.counts)}: {vote.answer}."
+        f"Answer: {made.result.output}; 17 times 24 is 408. Resumed, it read {made.prompt} tokens, "
+        f"of which {made.cached} were cached and {made.recomputed} computed again. Three forks of "
+        f"the conversation, {made.forks_cached} tokens of it shared, voted {dict(made.votes)}."
     )
+    section.table(
+        "Cost by model and tool (dollars at 1 a million tokens read, 0.1 cached, 4 written)",
+        ("agent", "model or tool", "times", "read", "written", "dollars", "s"),
+        [(c.agent, c.name, c.times, c.input, c.output, c.cost, c.seconds)
+         for c in costs(made.events)],
+    )  # fmt: skip
+    start, end = made.html.index("<svg"), made.html.index("</svg>") + len("</svg>")
+    section.text("When what ran; jaxinfra agent trace SESSION shows the whole conversation too.")
+    section.parts.append(f"<figure>{made.html[start:end]}</figure>")
 
 
 def _injection(section: Any) -> None:
@@ -224,10 +281,11 @@ def _boxes(section: Any) -> None:
 
 
 if __name__ == "__main__":
-    journal, effects = map(Path, sys.argv[1:3])
+    MODEL, journal, effects = sys.argv[1], *map(Path, sys.argv[2:4])
 
-    async def main() -> None:
-        agent = make(effects, slow=True)
+    async def main(model: EngineModel) -> None:
+        agent = make(model, effects, slow=True)
         await run(agent, TASK, store=SQLiteStore(journal), session=SESSION)
 
-    anyio.run(main)
+    with _model() as engine:
+        anyio.run(main, engine)

@@ -217,8 +217,9 @@ def _unavailable(name: LevelName) -> str | None:
         plan = Sandbox()._plan(name, [PYTHON, "-I", "-S", "-c", ""], work, {})
         with _planned(plan) as (command, descriptors, told):
             done = subprocess.run(
-                command, env={}, cwd="/", pass_fds=descriptors, capture_output=True, timeout=30
-            )
+                command, env={}, cwd="/", pass_fds=descriptors, capture_output=True, timeout=30,
+                start_new_session=True,  # the launcher bounds, and ends, its whole group
+            )  # fmt: skip
             answer = told()
     if answer == b"ok" and done.returncode == 0:
         return None

@@ -130,6 +130,16 @@ def test_forced_calls_are_never_malformed(seeds):
     assert names == {"file", "nest"} and len(written) > len(seeds) / 2
 
 
+def test_a_call_of_one_tool_is_forced_by_its_name():
+    offered = (ToolSpec("file", "Files.", NESTED), TOOL)
+    asked = [Request((user("Go."),), offered, "multiply", Settings(max_tokens=400, seed=seed))
+             for seed in range(8)]  # fmt: skip
+    with serving() as (model, _):
+        ends = taken(model, *asked)
+    assert {end.message.calls[0].name for end in ends} == {"multiply"}
+    assert [len(end.message.calls) for end in ends] == [1] * 8
+
+
 @pytest.mark.parametrize(
     "seeds", [range(40), pytest.param(range(40, 1040), marks=pytest.mark.slow)], ids=len
 )
