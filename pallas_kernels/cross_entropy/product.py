@@ -134,8 +134,8 @@ def linear_cross_entropy(
     """The sums over m of weights[m] (nll[m] + z_loss lse[m]^2), and of weights[m] nll[m].
 
     The first is differentiable in x and w. "xla" has `block` rows of logits at a time, computes
-    the gradient with the loss and makes 6 M D V FLOPs; "mosaic_gpu" has none, makes 8 M D V and
-    takes a twentieth of the memory at V = 151,936. The other arguments are those of `token_logps`.
+    the gradient with the loss and makes 6 M D V FLOPs; "mosaic_gpu" has none and makes 8 M D V, for
+    a small part of the memory. The other arguments are those of `token_logps`.
 
     Raises:
       ValueError: shapes, dtypes or numbers that do not fit, or an implementation that refuses.
