@@ -52,7 +52,7 @@ TASK = (
     "the result that it gives, and then give that result."
 )
 _SUM = r"^print\([0-9]{1,3}( [-+*] [0-9]{1,3}){1,2}\)$"
-_ENGINE = EngineConfig(max_len=4096, max_running=4, budget=64, steps=1, policy="least-attained")
+_ENGINE = EngineConfig(max_len=4096, max_running=4, budget=16, invariant=True)
 _PRICE = Price(input=1.0, output=4.0, cached=0.1)
 _Small = Annotated[int, Field(ge=0, le=999)]
 

@@ -44,7 +44,7 @@ NAMES = {
     "http-cached": "HTTP, prefix cache",
 }  # fmt: skip
 SIZES = {  # words of the task, tokens of a thought, of a sequence, of a step
-    "cpu": {"words": 300, "thought": 16, "max_len": 1024, "budget": 256},
+    "cpu": {"words": 200, "thought": 12, "max_len": 1024, "budget": 256},
     "gpu": {"words": 1500, "thought": 48, "max_len": 8192, "budget": 2048},
 }
 WORDS = [*"etaoinshrdlucmfw"]
