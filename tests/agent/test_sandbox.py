@@ -275,6 +275,20 @@ def test_nothing_survives_a_caller_that_is_killed(level, begun):
     assert not alive(tag)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_is_tried_in_a_group_of_its_own(level, monkeypatch):
+    """The launcher bounds its whole group: in ours, a large caller would seem to be too large."""
+    groups, real = [], subprocess.run
+
+    def run(*args, **options):
+        groups.append(options.get("start_new_session"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(sandbox_module.subprocess, "run", run)
+    assert sandbox_module._unavailable.__wrapped__(obtained(level)) is None
+    assert groups == [True]
+
+
 def test_refuses_rather_than_run_without(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox_module, "_unavailable", lambda name: "not here")
     ran = tmp_path / "ran"
