@@ -37,13 +37,13 @@ tour: $(VENV)/.made   ## the stack, bottom to top, on this machine; ends in tour
 	$(BIN)/jaxinfra tour
 
 test: $(VENV)/.test   ## the tests, on eight emulated CPU devices
-	$(BIN)/python -m pytest -n auto -m 'not slow and not live and not network and not chips' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not live and not network and not chips' $(ARGS)
 
 slow: $(VENV)/.test   ## the tests that take longer: whole grids, training to a bound, kills
-	$(BIN)/python -m pytest -n auto -m 'slow and not live and not network and not chips' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not live and not network and not chips' $(ARGS)
 
 parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, compile Triton, and use real weights
-	$(BIN)/python -m pytest -n 2 -m 'live or network' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'live or network' $(ARGS)
 
 chips: $(VENV_TPU)/.made   ## compiles TPU kernels and training steps for v5e, v5p and v6e that are not here (libtpu, 700 MB)
 	$(VENV_TPU)/bin/python -m pytest -n 2 -m chips tests/pallas_kernels tests/parallel $(ARGS)

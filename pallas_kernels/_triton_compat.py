@@ -1,10 +1,9 @@
 """The only module that knows jax-triton: launches a Triton kernel on arrays, in every version.
 
 jax-triton 0.3 works with triton 3.6 and newer, jax-triton 0.4 with triton 3.7 and newer. 0.3 takes
-`out_shape`, 0.4 takes `out_type`; 0.3 lowers to a call that CUDA graphs leave out, 0.4 and, from
-jax 0.11 on, this module to one that they take; jax 0.12 hands the rule for dead code one argument
-more than jax-triton 0.4 takes. Importing jax-triton empties TRITON_CACHE_DIR, which other users of
-Triton in the process read: it is put back.
+`out_shape`, 0.4 takes `out_type`; jax 0.12 hands the rule for dead code one argument more than
+jax-triton 0.4 takes. Importing jax-triton empties TRITON_CACHE_DIR, which other users of Triton in
+the process read: it is put back.
 """
 
 from __future__ import annotations
@@ -82,31 +81,11 @@ def _triton_call() -> tuple[Any, str]:
     else:
         os.environ["TRITON_CACHE_DIR"] = kept
     if "out_shape" in inspect.signature(jax_triton.triton_call).parameters:
-        if _numbers(jax.__version__) >= (0, 11):
-            library: Any = importlib.import_module("jax_triton.triton_lib")
-            library.jax = _JaxOfGraphs()  # the name by which that module lowers
         return jax_triton.triton_call, "out_shape"
     primitive = importlib.import_module("jax_triton.triton_lib").triton_kernel_call_p
     rules = importlib.import_module("jax._src.interpreters.partial_eval").dce_rules
     rules[primitive] = _keep
     return jax_triton.triton_call, "out_type"
-
-
-class _JaxOfGraphs:
-    """jax, but for how a call to Triton is lowered: to the handler that CUDA graphs capture."""
-
-    class ffi:
-        @staticmethod
-        def ffi_lowering(_target, *, api_version, backend_config, operand_output_aliases):
-            del api_version
-            rule = jax.ffi.ffi_lowering(
-                "triton_kernel_call_ffi", api_version=4,
-                operand_output_aliases=operand_output_aliases,
-            )  # fmt: skip
-            return functools.partial(rule, opaque=backend_config)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(jax, name)
 
 
 def _keep(_used: list[bool], *live_and_equation: Any) -> tuple[list[bool], Any]:

