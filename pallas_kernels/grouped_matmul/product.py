@@ -48,7 +48,8 @@ def grouped_matmul(
 
     Rows lie in the order of groups: the first counts[0] are group 0's, and so on. Rows behind the
     last group give zeros and no gradient, whatever they hold. Differentiable in x and w; w's
-    gradient is x_g^T dy_g of each group, by a kernel of its own. `vmap` only of "xla", all mapped.
+    gradient is x_g^T dy_g of each group, by a kernel of its own. Under `vmap` "xla" wants every
+    array mapped.
 
     Args:
       x, w: one float dtype.

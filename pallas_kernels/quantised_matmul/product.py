@@ -62,7 +62,7 @@ def fp8_matmul(
       dtype: bfloat16 or float16.
       implementation: "mosaic_gpu", which sums in float32 from every 128 of K on, "xla", or None to
         choose: "mosaic_gpu" on one Hopper GPU, where it measured faster.
-      config: the schedule of "mosaic_gpu"; None for the first.
+      config: the schedule of "mosaic_gpu"; None to choose.
       interpret: runs "mosaic_gpu" on a CPU; `pallas_kernels.interpreter.interpret` gives it.
 
     "mosaic_gpu" pads, at the cost of a copy, M that is not a multiple of 8, N not of 64, K not of
@@ -84,7 +84,7 @@ def fp8_matmul(
         scales = _padded(a_scale.astype(jnp.float32), 8, 1).T, b_scale.astype(jnp.float32)
     else:
         scales = (a_scale * b_scale).astype(jnp.float32).reshape(1), None
-    config = config or mosaic_gpu.Config()
+    config = config or mosaic_gpu.choose(M, blocked=blocked)
     out = mosaic_gpu.fp8_matmul(a, b, *scales, dtype=dtype, config=config, interpret=interpret)
     return out[:M, :N]
 

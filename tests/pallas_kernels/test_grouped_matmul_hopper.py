@@ -100,6 +100,21 @@ def test_shapes_that_are_padded_inside():
         assert close(got, want)
 
 
+def one_of_each(x, w, counts, *, interpret):
+    of_one = functools.partial(grouped_matmul, config=SMALL, interpret=interpret)
+    return jax.vmap(of_one, (0, None, 0))(x, w, counts)
+
+
+@newer
+@pytest.mark.slow
+def test_vmap_makes_one_kernel_of_all():
+    x, w, counts, dy = case("edges within a piece")
+    rows, sizes = jnp.stack([x, -x]), jnp.stack([counts, counts[::-1]])
+    found = interpret(one_of_each, rows, w, sizes)
+    for i in range(2):
+        assert close(found[i], exact(rows[i], w, sizes[i], dy)[0])
+
+
 # The module, the kernel that shows it, what is replaced in its source by what.
 ARRIVED = "plgpu.barrier_wait(ring.arrived.at[slot + warpgroup * ring.slots])"
 MISTAKES = {

@@ -196,7 +196,16 @@ def test_a_scale_of_other_rows_is_seen(monkeypatch):
     assert off(found, exact(a, b, a_scale, b_scale)) > 0.01
 
 
-@pytest.mark.parametrize("config", [Config(), Config(192, 4), Config(192, 4, cluster=2)])
+def test_the_schedule_follows_the_scales():
+    assert mosaic_gpu.choose(4096, blocked=False).tile_n == 192
+    assert mosaic_gpu.choose(4096, blocked=True).cluster == 2
+    assert mosaic_gpu.choose(64, blocked=True).cluster == 1  # the other block would be idle
+
+
+@pytest.mark.parametrize(
+    "config",
+    [mosaic_gpu.choose(4096, blocked=False), mosaic_gpu.choose(4096, blocked=True), Config()],
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("blocked", [False, True])
 def test_every_schedule_lowers_for_the_chip(blocked, dtype, config):
