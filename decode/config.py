@@ -35,6 +35,7 @@ class EngineConfig:
       invariant: an answer's bits depend on nothing that runs beside it. Every step then has one
         shape: a lone token costs as much as `budget` of them.
       draft: tokens to guess at each turn from what was said before; 0 guesses none.
+      tp: devices that share each step.
     """
 
     max_len: int | None = None
@@ -50,9 +51,10 @@ class EngineConfig:
     kv_dtype: str | None = None
     invariant: bool = False
     draft: int = 0
+    tp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "max_running", "max_waiting", "budget"):
+        for name in ("page_size", "max_running", "max_waiting", "budget", "tp"):
             if getattr(self, name) < 1:
                 raise UserError(f"engine: {name}={getattr(self, name)}; give 1 or more")
         for name in ("max_len", "pages", "memory", "steps"):

@@ -7,6 +7,7 @@ Cost: every weight is read once a step, whatever T; and the keys and values that
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -73,14 +74,17 @@ def forward(
     *,
     invariant: bool = False,
     implementation: str | None = None,
+    axis: str | None = None,
 ) -> tuple[Float[Array, "T D"], tuple[LayerPages, ...]]:
     """Hidden states after the final norm, and the pages with the new keys and values in them.
 
     Row b's tokens are tokens[starts[b]:starts[b + 1]]; it has lengths[b] tokens with them.
     slots: page times size plus place of each token; below zero nothing is written.
-    invariant, implementation: of `pallas_kernels.paged_attention`.
+    invariant, implementation: of `pallas_kernels.paged_attention`. axis: of devices that have parts
+    of each layer (`decode.tensor`).
     """
     T = tokens.shape[0]
+    whole = (lambda a: a) if axis is None else partial(jax.lax.psum, axis_name=axis)
     if T == table.shape[0] == 1 and not invariant and fused_refusal(params, config, pool) is None:
         return _one_token(params, config, pool, tokens, positions, slots, table[0], lengths)
     ropes = [rope.table(config.rope, config.head_dim, positions[None])]
@@ -100,9 +104,9 @@ def forward(
             implementation=implementation,
         )  # fmt: skip
         grown.append(pages)
-        out = kv.project(out.reshape(1, T, -1), attn.o)
+        out = whole(kv.project(out.reshape(1, T, -1), attn.o))
         x = model.residual(x, out, layer.post_attn_norm, config)
-        out = kv.feed_forward(layer, model.norm(x, layer.mlp_norm, config), config)
+        out = whole(kv.feed_forward(layer, model.norm(x, layer.mlp_norm, config), config))
         x = model.residual(x, out, layer.post_mlp_norm, config)
     return model.norm(x, params.final_norm, config)[0], tuple(grown)
 

@@ -99,7 +99,7 @@ class SamplingParams:
             ("top_k", 0 <= self.top_k < 1 << 31, "0 (every token) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000"),
             ("presence_penalty", abs(self.presence_penalty) <= _LARGE, "a number to a million"),
             ("frequency_penalty", abs(self.frequency_penalty) <= _LARGE, "a number to a million"),
             (

@@ -31,11 +31,12 @@ from decode import buckets, forward
 from decode.config import EngineConfig
 from decode.packing import Layout
 from decode.step import Out, State, admit, step
+from decode.tensor import TP, Devices
 from jaxinfra.errors import UserError
 from jaxinfra.measure import compiles
 from jaxinfra.model import cache as kv
 from jaxinfra.model.config import ModelConfig
-from pallas_kernels.paged_attention import choose
+from pallas_kernels.paged_attention import choose, supported
 
 STEPS = {"gpu": 8, "tpu": 8}  # tokens a row in one call, where nobody waits
 PLAIN = ("gpu",)  # where steps in which no row has a wish have programs of their own
@@ -50,7 +51,8 @@ class Runner:
 
     def __init__(self, params: kv.DecodeParams, config: ModelConfig, engine: EngineConfig) -> None:
         """Makes the pages and compiles the first program; `finish` waits for the rest."""
-        self.params, self.config = params, config
+        self._devices = Devices(config, engine.tp) if engine.tp > 1 else None
+        self.params, self.config = self._placed(params), config
         self.max_len = min(engine.max_len or config.max_seq_len, config.max_seq_len)
         self.page_size = engine.page_size
         per_sequence = -(-self.max_len // engine.page_size)
@@ -64,6 +66,9 @@ class Runner:
             counts=jnp.zeros((R, V), jnp.int32),
             bias=jnp.zeros((R, V), jnp.float32),
         )
+        if self._devices:
+            self._state = self._devices.keep(self._state)
+        self._implementation: str | None = None
         self.steps = engine.steps or STEPS.get(jax.default_backend(), 1)
         if engine.invariant:
             T = engine.budget
@@ -71,7 +76,10 @@ class Runner:
             self.steps = 1
         else:
             shape = (1, config.num_heads, config.head_dim)
-            chosen, why = choose(shape, self._state.pool[0].k.shape, params.embed.dtype, dtype)
+            facts = shape, self._state.pool[0].k.shape, params.embed.dtype, dtype
+            chosen, why = choose(*facts)
+            if self._devices and supported("triton", *facts) is None:
+                chosen = self._implementation = "triton"  # XLA need not partition it
             _log.info("paged attention: %s (%s)", chosen, why)
             dead = chosen == "xla" and jax.default_backend() != "cpu"
             self._layouts = buckets.layouts(
@@ -83,8 +91,11 @@ class Runner:
         self.biased: set[int] = set()  # slots in which a bias stands
         self._programs: dict[Layout, Any] = {}
         self.compiles = 0
-        self._admit = _ahead(admit, self._state, *self._admission(0, [], 0, [], 0.0))
-        self._copy = _ahead(forward.copy, self._state.pool, *_pairs([]))
+        where = jax.tree.map(lambda a: a.sharding, self._state) if self._devices else None
+        self._admit = _ahead(admit, self._state, *self._admission(0, [], 0, [], 0.0), out=where)
+        self._copy = _ahead(
+            forward.copy, self._state.pool, *_pairs([]), out=where and where.pool
+        )  # fmt: skip
         self._compile(self._layouts[0])
         self._closed = threading.Event()
         self._failed: BaseException | None = None
@@ -155,7 +166,10 @@ class Runner:
                             self.params, params)  # fmt: skip
         if not all(jax.tree.leaves(same)):
             raise UserError("engine: the new weights have other shapes; start another engine")
-        self.params = params
+        self.params = self._placed(params)
+
+    def _placed(self, params: kv.DecodeParams) -> kv.DecodeParams:
+        return self._devices.place(params) if self._devices else params
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -173,9 +187,13 @@ class Runner:
     def _compile(self, layout: Layout) -> None:
         start = time.perf_counter()
         packed, _ = layout.empty()
-        function = functools.partial(
-            step, config=self.config, layout=layout, invariant=self._invariant
-        )
+        function: Any = functools.partial(
+            step, config=self._devices.local if self._devices else self.config, layout=layout,
+            invariant=self._invariant, implementation=self._implementation,
+            axis=TP if self._devices else None,
+        )  # fmt: skip
+        if self._devices:
+            function = self._devices.run(function, self.params, self._state)
         self._programs[layout] = _ahead(
             function, self.params, self._state, packed, self._everything(layout), donate=1
         )
@@ -208,10 +226,19 @@ class Runner:
             list(pool.map(one, self._layouts[1:]))
 
 
-def _ahead(function: Callable, *arguments: Any, donate: int = 0) -> Any:
-    """`function` compiled for such arguments, which it need not look up again."""
-    types = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
-    return jax.jit(function, donate_argnums=donate).lower(*types).compile()
+def _ahead(function: Callable, *arguments: Any, donate: int = 0, out: Any = None) -> Any:
+    """`function` compiled for such arguments, which it need not look up again.
+
+    out: where its results lie, if not where the compiler likes.
+    """
+
+    def typed(a: Any) -> jax.ShapeDtypeStruct:
+        placed = isinstance(a, jax.Array) and a.committed
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if placed else None)
+
+    options = {} if out is None else {"out_shardings": out}
+    jitted = jax.jit(function, donate_argnums=donate, **options)
+    return jitted.lower(*jax.tree.map(typed, arguments)).compile()
 
 
 def _pairs(pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -51,8 +51,12 @@ def step(
     layout: Layout,
     invariant: bool = False,
     implementation: str | None = None,
+    axis: str | None = None,
 ) -> tuple[State, Out]:
-    """Computes a packed step. mask: what may be drawn at each place (`decode.sampler.sample`)."""
+    """Computes a packed step. mask: what may be drawn at each place (`decode.sampler.sample`).
+
+    invariant, implementation, axis: of `decode.forward.forward`.
+    """
     told = layout.unpack(packed)
     R = state.last.shape[0]
     row, position = places(told["starts"], told["length"], layout.T)
@@ -60,7 +64,7 @@ def step(
     drawn_row = row[places_drawn]
     rows = {name: told[name][drawn_row] for name in _DRAWS}
     slot = told["slot"][drawn_row]
-    options = {"invariant": invariant, "implementation": implementation}
+    options = {"invariant": invariant, "implementation": implementation, "axis": axis}
     size = state.pool[0].k.shape[2]
 
     def forward(pool: Any, tokens: Array, at: Array, lengths: Array, live: Array) -> Any:
@@ -70,7 +74,7 @@ def step(
                              told["starts"], lengths, **options)  # fmt: skip
 
     def draw(state: State, x: Array, at: Array, live: Array) -> tuple[State, Drawn]:
-        logits = kv.head(params, config, x[None])[0]
+        logits = _logits(params, config, x, axis)
         wishes = Wishes(state.counts, state.bias, slot, mask, told["switches"])
         drawn = sample(logits, rows, at, None if layout.plain else wishes)
         kept = jnp.where(live, slot, R)
@@ -92,7 +96,7 @@ def step(
     state, first = draw(state, x[places_drawn], at, live)
     prompt = None
     if not layout.plain:
-        prompt = _prompt(params, config, x, told["after"], told["switches"])
+        prompt = _prompt(params, config, x, told["after"], told["switches"], axis)
     if layout.steps == 1:
         return state, Out(jax.tree.map(lambda a: a[None], first), prompt)
 
@@ -117,9 +121,16 @@ _DRAWS = (
 _SCORED = 16  # tokens whose logits are in memory at once
 
 
+def _logits(params: kv.DecodeParams, config: ModelConfig, x: Array, axis: str | None) -> Array:
+    """Logits [S, V] of x [S, D]."""
+    logits = kv.head(params, config, x[None])[0]
+    return logits if axis is None else jax.lax.all_gather(logits, axis, axis=1, tiled=True)
+
+
 def _prompt(
-    params: kv.DecodeParams, config: ModelConfig, x: Array, after: Array, switches: Array
-) -> Drawn:
+    params: kv.DecodeParams, config: ModelConfig, x: Array, after: Array, switches: Array,
+    axis: str | None,
+) -> Drawn:  # fmt: skip
     """How likely the token `after` each of T was, and the likeliest ones there."""
     T = after.shape[0]
     part = min(T, _SCORED)
@@ -129,7 +140,7 @@ def _prompt(
         def some(start: Array) -> Drawn:
             h = jax.lax.dynamic_slice_in_dim(x, start, part)
             want = jax.lax.dynamic_slice_in_dim(after, start, part)
-            logps = jax.nn.log_softmax(kv.head(params, config, h[None])[0])
+            logps = jax.nn.log_softmax(_logits(params, config, h, axis))
             found = jnp.take_along_axis(logps, want[:, None], axis=1)[:, 0]
             return Drawn(want, found, *likeliest_of(logps, switches[3] > 1))
 

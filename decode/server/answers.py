@@ -86,7 +86,7 @@ class Answer:
         if output.finish_reason == "error":
             raise Failure(500, output.error or "the engine could not answer")
         if output.finish_reason == "timeout":
-            raise Failure(504, "the request's timeout passed", code="timeout")
+            raise Failure(408, "the request's timeout passed", code="timeout")
         choice = self._choices[at]
         choice.tokens += output.token_ids
         choice.finish, choice.stop_reason = output.finish_reason, output.stop_reason

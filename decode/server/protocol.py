@@ -133,7 +133,7 @@ class Generation(_Body):
     # Beyond OpenAI's.
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[Id], Field(max_length=_MOST_STOPS)] = []

@@ -13,6 +13,7 @@ from decode import runner as runner_module
 from decode.config import EngineConfig
 from decode.engine import Engine
 from decode.request import Grammar, QueueFull, Request, SamplingParams
+from decode.tensor import Devices
 from jaxinfra.errors import UserError
 from jaxinfra.generate import generate
 from jaxinfra.model.cache import unstack
@@ -119,6 +120,55 @@ def test_a_lone_row_goes_through_layers_in_one_kernel(monkeypatch):
         assert engines.tokens(told[str(i), 0]) == tuple(made)
     assert len(calls) >= 2 * model.num_layers and set(calls) == {(model.d_model,)}
     whole(engine)
+
+
+@pytest.mark.parametrize(
+    "tp, kv_dtype", [(2, None), pytest.param(2, "int8", marks=pytest.mark.slow)]
+)
+def test_devices_share_a_step(tp, kv_dtype):
+    config = dataclasses.replace(engines.SMALL, tp=tp, draft=0, kv_dtype=kv_dtype)
+    runner = runner_module.Runner(engines.params(), engines.CONFIG, config)
+    runner.finish()
+    assert {len(a.devices()) for a in jax.tree.leaves(runner.params)} == {tp}
+    local = runner._state.pool[0].k.addressable_shards[0].data.shape
+    assert local[1] == engines.CONFIG.num_kv_heads // tp
+    engine = Engine(runner, engines.TOKENIZER, config)
+    prompts = engines.prompts(9)
+    wishes = dataclasses.replace(DRAWN, frequency_penalty=0.5, logit_bias={5: 2.0})
+    asked = [*requests(prompts), Request("wish", prompts[0], wishes)]
+    told = engines.run(engine, asked)
+    if kv_dtype is None:
+        for i, prompt in enumerate(prompts):
+            assert engines.tokens(told[str(i), 0]) == engines.greedy(prompt, 20), i
+    alone = engines.engine(dataclasses.replace(config, tp=1))
+    right = engines.run(alone, asked)
+    assert {k: engines.tokens(v) for k, v in told.items()} == {
+        k: engines.tokens(v) for k, v in right.items()
+    }
+    assert engine.stats().preemptions > 0 and engine.stats().compiles == 0
+    whole(engine)
+
+
+def test_weights_in_the_order_of_one_device_are_caught(monkeypatch):
+    """The control: merged rows that are cut as they lie give other tokens."""
+    monkeypatch.setattr(Devices, "_order", lambda self, *sizes: np.arange(sum(sizes)))
+    config = dataclasses.replace(engines.SMALL, tp=2, draft=0)
+    runner = runner_module.Runner(engines.params(), engines.CONFIG, config)
+    prompts = engines.prompts(3)
+    told = engines.run(Engine(runner, engines.TOKENIZER, config), requests(prompts))
+    assert any(
+        engines.tokens(told[str(i), 0]) != engines.greedy(p, 20) for i, p in enumerate(prompts)
+    )
+
+
+def test_what_cannot_be_cut_is_told():
+    for tp, named in ((3, "num_heads=4 is no multiple of tp=3"), (16, "devices")):
+        config = dataclasses.replace(engines.SMALL, tp=tp)
+        model = engines.CONFIG
+        if tp == 16:
+            model = dataclasses.replace(model, num_heads=16, num_kv_heads=16)
+        with pytest.raises(UserError, match=named):
+            runner_module.Runner(engines.params(), model, config)
 
 
 def test_pages_that_two_hold_by_mistake_are_found(monkeypatch):

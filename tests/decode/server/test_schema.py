@@ -1,0 +1,32 @@
+"""Requests that the server's own OpenAPI document allows, made up by schemathesis."""
+
+import re
+import subprocess
+import time
+
+import httpx2 as httpx
+import pytest
+
+from agent.evaluate.environment import environment
+from tests.decode.server.test_engine import server
+
+__all__ = ["server"]  # a fixture
+pytestmark = [pytest.mark.network, pytest.mark.timeout(600)]
+
+
+def test_no_request_of_the_schema_is_answered_by_a_server_error(server):
+    url, link = server
+    python = environment("schemathesis", ("schemathesis==4.32.5",))
+    asked = [
+        python.with_name("schemathesis"), "run", f"{url}/openapi.json", "--max-examples=60",
+        "--checks=not_a_server_error", "--request-timeout=30", "--seed=1", "--no-color",
+    ]  # fmt: skip
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:]
+    generated = re.search(r"(\d+) generated", done.stdout)
+    assert generated and int(generated[1]) > 500, done.stdout[-1000:]
+    end = time.monotonic() + 30
+    while link.stats.running or link.stats.waiting:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert httpx.get(url + "/health").status_code == 200 and link.stats.pages_used == 0
