@@ -34,7 +34,7 @@ ROUTES = {
 @pytest.fixture(scope="module")
 def server():
     made = Made()
-    with serving(made) as (url, link), httpx.Client(base_url=url, timeout=20) as client:
+    with serving(made) as (url, link), httpx.Client(base_url=url, timeout=120) as client:
         yield client, link, made
 
 

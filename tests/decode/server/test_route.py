@@ -128,7 +128,7 @@ def test_a_broken_stream_is_told_and_never_sent_again():
             session = next(str(i) for i in range(99) if Affinity().order(
                 [Server(one), Server(other)], "", str(i))[0].url == one)  # fmt: skip
             body = {"messages": say("x" * 900), "stream": True, "user": session}
-            with httpx.stream("POST", url + CHAT, json=body, timeout=20) as answer:
+            with httpx.stream("POST", url + CHAT, json=body, timeout=120) as answer:
                 lines = answer.iter_lines()
                 next(lines)
                 lives[0]._process.kill()

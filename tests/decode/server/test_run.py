@@ -18,7 +18,7 @@ def test_a_signal_drains(number):
             line = process.stdout.readline()
             url = re.search(r"http://[0-9.:]+", line)[0]
             body = {"prompt": "say:" + "x" * 50, "max_tokens": 50, "stream": True}
-            with httpx.stream("POST", url + "/v1/completions", json=body, timeout=20) as answer:
+            with httpx.stream("POST", url + "/v1/completions", json=body, timeout=120) as answer:
                 lines = answer.iter_lines()
                 first = next(lines)
                 process.send_signal(number)
