@@ -32,6 +32,8 @@ CASES = {
     "rows behind": ([0, 9, 4], 200, 64, 64, SMALL),
     "several pieces a tile": ([100, 0, 37, 90], 256, 128, 128, Config(128, 128, slots=2)),
     "three pieces across": ([150, 106], 256, 64, 192, Config(64, 192, slots=2)),
+    # No slot is used twice: whoever does not wait for it cannot hold up the one who fills it.
+    "a step a tile": ([128], 128, 64, 64, SMALL),
 }
 slow = {name: [] if name == "edges within a piece" else pytest.mark.slow for name in CASES}
 every = pytest.mark.parametrize(
@@ -167,7 +169,7 @@ EARLIEST = "products before their operands arrive"
 def test_every_mistake_is_found(monkeypatch, name):
     module, kernel, right, wrong = MISTAKES[name]
     with_mistake(monkeypatch, module, right, wrong)
-    case_name = "edges within a piece" if name == EARLIEST else "three pieces across"
+    case_name = "a step a tile" if name == EARLIEST else "three pieces across"
     x, w, counts, _ = case(case_name)
     with pytest.raises(RaceError):
         interpret(kernel, x, w, counts, config=CASES[case_name][-1])

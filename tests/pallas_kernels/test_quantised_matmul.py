@@ -183,7 +183,9 @@ def test_every_mistake_is_found(monkeypatch, name):
     monkeypatch.setitem(sys.modules, mistaken.__name__, mistaken)
     exec(source.replace(right, wrong), mistaken.__dict__)
     monkeypatch.setattr(mosaic_gpu, "fp8_matmul", mistaken.fp8_matmul)
-    operands = fp8_case("tensor", 256, 128, 384)
+    # Where no slot is used twice, whoever does not wait for it cannot hold up the one who fills it.
+    inputs = 256 if name == EARLIEST else 384
+    operands = fp8_case("tensor", 256, 128, inputs)
     with pytest.raises(RaceError):
         interpret(fp8_matmul, *operands, config=Config(slots=2))
 
