@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Literal
@@ -147,21 +148,22 @@ def kernels(
 
     Args:
       action: bench and tune need a Hopper GPU; explain needs none.
-      kernel: matmul or attention, or for explain a step of a ladder (matmul.ping_pong).
+      kernel: matmul, attention, paged-attention, losses, grouped, quantised or decode-layer; for
+        explain also a step of a ladder (matmul.ping_pong). tune: matmul alone.
       shapes: M N K of what to tune; by default those that bench measures.
       out: bench: a folder for the ledger's entries; tune: the file of schedules, by default the
         installed one, which `matmul` reads.
     """
-    from jaxinfra.kernels import attention_bench, explain, matmul_bench, matmul_tune
+    from jaxinfra.kernels import BENCHES, explain, matmul_tune
     from pallas_kernels.matmul.configs import TUNED
 
     if action == "explain":
         explain.explain(kernel)
-    elif kernel not in ("matmul", "attention"):
-        raise UserError(f"kernels {action}: no kernel {kernel!r}; there are matmul, attention")
+    elif kernel not in BENCHES:
+        raise UserError(f"kernels {action}: no kernel {kernel!r}; there are {', '.join(BENCHES)}")
     elif action == "bench":
-        (matmul_bench if kernel == "matmul" else attention_bench).bench(out)
-    elif kernel == "attention":
-        raise UserError("kernels tune: attention's schedules are fixed by the head width")
+        importlib.import_module(f"jaxinfra.kernels.{BENCHES[kernel]}").bench(out)
+    elif kernel != "matmul":
+        raise UserError(f"kernels tune: the schedules of {kernel} are fixed; tune matmul")
     else:
         matmul_tune.tune(shapes, out or TUNED)

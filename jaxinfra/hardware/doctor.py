@@ -139,6 +139,23 @@ def attention_choices(platform: str) -> list[Choice]:
     ]
 
 
+def served_choices(platform: str) -> list[Choice]:
+    """What an engine's attention over pages takes, and a policy's log-probabilities."""
+    import jax.numpy as jnp
+
+    from pallas_kernels import cross_entropy, paged_attention
+
+    asked = jnp.bfloat16, jnp.bfloat16
+    pages = paged_attention.choose((256, 16, 128), (1000, 8, 16, 128), *asked, platform=platform)
+    logps = cross_entropy.choose(
+        "token_logps", (8192, 1024), (1024, 151936), jnp.bfloat16, platform=platform
+    )
+    return [
+        Choice("attention over pages, bfloat16", *pages),
+        Choice("log-probabilities of tokens, bfloat16", *logps),
+    ]
+
+
 def _versions() -> dict[str, str]:
     return {"Python": platform.python_version()} | {
         name: _version(name) or "not installed" for name in CORE
@@ -213,6 +230,7 @@ def _choices(devices: tuple[Device, ...]) -> tuple[Choice, ...]:
         Choice("matrix products", "XLA", "the model calls no kernel of its own for them"),
         *attention_choices(where),
         Choice("attention, decoding", "reference", "one query a row over the contiguous cache"),
+        *served_choices(where),
         Choice("head and loss", "chunked", "the logits [B, T, V] are never in memory"),
         Choice("mixture of experts", "dense", "every expert sees every token; exact, E/k the work"),
     )

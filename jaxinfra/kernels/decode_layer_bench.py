@@ -1,6 +1,6 @@
 """A token through 28 layers of Qwen3-0.6B's shape on one NVIDIA GPU: a kernel a layer, and XLA's.
 
-    python -m jaxinfra.kernels.decode_layer_bench
+    jaxinfra kernels bench decode-layer
 
 Seconds are those of the wall for 20 tokens in one device loop, the gaps between kernels included:
 they are what is to be saved. Weights differ by layer, so that they come from memory and not from
@@ -12,12 +12,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxinfra.errors import UserError
 from jaxinfra.hardware.detect import here
 from jaxinfra.model.cache import unstack
 from jaxinfra.model.params import init
@@ -82,8 +84,14 @@ def seconds(of: Callable[[], Any], rounds: int = 7) -> float:
     return median(taken)
 
 
-def main() -> None:
-    """Every configuration: microseconds a token, and of the floor that reading weights sets."""
+def bench(out: Path | None = None) -> None:
+    """Prints of every configuration microseconds a token, and the share of the speed of a copy.
+
+    It leaves no entry: `out` is what all benches take.
+    """
+    del out
+    if jax.default_backend() != "gpu":
+        raise UserError("kernels bench decode-layer: no NVIDIA GPU here")
     weights = layers()
     given = inputs(len(weights))
     (k, v), (length, slot) = given["pool"][0], given["facts"]
@@ -118,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    bench()

@@ -23,8 +23,16 @@ from pallas_kernels.matmul.mosaic_gpu import SHARED_MEMORY
 
 LADDERS = {"attention": "pallas_kernels.flash_attention.ladder",
            "matmul": "pallas_kernels.matmul.ladder"}  # fmt: skip
+TOLD = {  # whose modules say it all
+    "paged-attention": ("paged_attention.triton", "paged_attention.mosaic_gpu"),
+    "losses": ("cross_entropy.mosaic_gpu",),
+    "grouped": ("grouped_matmul.mosaic_gpu", "grouped_matmul.mosaic_gpu_wgrad"),
+    "quantised": ("quantised_matmul.mosaic_gpu", "quantised_matmul.triton"),
+    "decode-layer": ("decode_layer.triton",),
+}  # fmt: skip
 NAMES = (
-    *LADDERS, *(f"attention.{step}" for step in ATTENTION_STEPS), *(f"matmul.{x}" for x in STEPS)
+    *LADDERS, *TOLD, *(f"attention.{step}" for step in ATTENTION_STEPS),
+    *(f"matmul.{x}" for x in STEPS),
 )  # fmt: skip
 
 
@@ -33,11 +41,13 @@ def explain(name: str) -> None:
     if name not in NAMES:
         raise UserError(f"kernels explain: no kernel {name!r}; there are {', '.join(NAMES)}")
     kernel, _, step = name.partition(".")
+    for module in TOLD.get(name, ()):
+        print(inspect.getdoc(importlib.import_module(f"pallas_kernels.{module}")), end="\n\n")
     if step:
         print(inspect.getdoc(importlib.import_module(f"{LADDERS[kernel]}.{step}")))
     elif kernel == "attention":
         _attention()
-    else:
+    elif kernel == "matmul":
         _matmul()
 
 
