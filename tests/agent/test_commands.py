@@ -221,7 +221,13 @@ def test_an_interrupt_stops_the_answer_and_not_the_conversation(capsys):
 
     async def main():
         store = MemoryStore()
-        model = ScriptedModel(["word " * 1000, "quick"], delay=0.02)
+        asked = []
+
+        def turn(request):
+            asked.append(request)
+            return "word " * 1000 if len(asked) == 1 else "quick"
+
+        model = ScriptedModel(turn, delay=0.02)
         slow = Agent("a", model)
         async with anyio.create_task_group() as group:
 

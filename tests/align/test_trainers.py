@@ -94,7 +94,8 @@ def shares(logps):
     return np.exp(logps) / np.exp(logps).sum()
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=slow), 4])
+@slow
+@pytest.mark.parametrize("rank", [0, 4])
 def test_dpo_reaches_the_synthetic_sets_optimum(tmp_path, rank):
     """Through the whole run: data, reference, checkpoints, export; with adapters as well."""
     config = DPO(

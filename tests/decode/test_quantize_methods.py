@@ -45,6 +45,7 @@ def test_calibration_beats_rounding_on_text_not_seen():
     assert 1e-5 < kl("awq") < 0.3 * kl("rtn")
 
 
+@pytest.mark.slow
 def test_eight_bits_change_little():
     assert kl("rtn", Scheme(8)) < 0.05 * kl("rtn")
     assert kl("rtn", Scheme(8, float8=True)) < kl("rtn")
