@@ -1,7 +1,8 @@
 """One token through a layer in one launch of a Triton kernel, for NVIDIA GPUs from 8.0 on.
 
 Cost: every weight is read once; the schedule is in `triton_source.py`. All programs must be on the
-chip at once, since they wait for each other: there is one for each multiprocessor, at most.
+chip at once, since they wait for each other: there is one for each multiprocessor, at most. Where
+NVIDIA's MPS runs two processes' kernels side by side, two such kernels may wait for ever.
 
 One H200, 28 layers of Qwen3-0.6B's shape at 640 tokens (`python -m
 jaxinfra.kernels.decode_layer_bench`): 883 us a token, launches and gaps included, where reading

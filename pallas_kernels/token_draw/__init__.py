@@ -25,6 +25,8 @@ def supported(logits_shape: tuple[int, ...], *, platform: str | None = None) -> 
         return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
     if reason := _triton_compat.missing():
         return reason
+    if (capability := _triton_compat.capability()) < 80:
+        return f"the kernel needs a compute capability of 8.0 or more, not {capability / 10}"
     if jax.device_count() > 1:
         return "XLA does not partition it"
     if logits_shape[1] > BLOCK * 256:

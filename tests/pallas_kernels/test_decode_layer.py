@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,6 +95,30 @@ def test_a_mistake_shows(tmp_path):
     want = wanted(FORMS["norms"], *PLACES["within"])
     for mistake, found in zip(MISTAKES, in_interpreter(tmp_path, jobs), strict=True):
         assert not np.allclose(found[0], want[0], atol=1e-3), mistake
+
+
+def test_what_it_refuses(monkeypatch):
+    given = arguments(FORMS["norms"], 1, True)
+    bf16 = jax.tree.map(lambda a: a.astype(jnp.bfloat16), given["weights"])
+    shape = given["k_pages"].shape
+
+    def refusal(weights=bf16, dtype=jnp.bfloat16, platform: str | None = "gpu"):
+        return decode_layer.supported(weights, shape, dtype, platform=platform) or ""
+
+    assert "arrays are on cpu" in refusal(platform=None)
+    monkeypatch.setattr(_triton_compat, "missing", lambda: "not installed")
+    assert refusal() == "not installed"
+    monkeypatch.setattr(_triton_compat, "missing", lambda: None)
+    monkeypatch.setattr(_triton_compat, "capability", lambda: 75)
+    assert "7.5" in refusal()
+    monkeypatch.setattr(_triton_compat, "capability", lambda: 90)
+    assert "partition" in refusal()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert refusal() == ""
+    assert "float32" in refusal(given["weights"], jnp.float32)
+    assert "int8" in refusal(dtype=jnp.int8)
+    monkeypatch.setattr(decode_layer, "_programs", lambda K: 1)
+    assert "2 key heads" in refusal()
 
 
 @compiled
