@@ -34,7 +34,7 @@ def environment(name: str, packages: Sequence[str], *, dependencies: bool = True
         if ready.exists():
             return python
         shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder)
+        venv.create(folder, symlinks=True)
         options = ["--quiet", "--disable-pip-version-check", "--python", str(python), "install"]
         options += [] if dependencies else ["--no-deps"]
         done = subprocess.run(

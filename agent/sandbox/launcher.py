@@ -65,7 +65,7 @@ def main() -> None:
             if program:
                 os.close(status)
                 _reap_until(program)
-            folder, writable, readable = "/box", ["/box", "/dev"], ["/"]
+            folder, writable, readable = "/box", ["/box", "/tmp", "/dev"], ["/"]
         else:
             folder = plan["work"]
             writable, readable = [folder, "/dev/null", "/dev/zero"], plan["readable"]

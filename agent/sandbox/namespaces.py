@@ -51,8 +51,9 @@ def unshare() -> None:
 
 def build_root(readable: list[str], work: str | None, size: int, files: int) -> None:
     """Makes a root of its own from `readable`, bound read-only at their own paths, and /box: the
-    folder `work`, or an empty one of at most `size` bytes and `files` entries in memory. Needs
-    `unshare` before it and this process to be the first of its process namespace."""
+    folder `work`, or an empty one of at most `size` bytes and `files` entries in memory. /tmp is
+    the same or, where what is readable lies in it, another such one. Needs `unshare` before it and
+    this process to be the first of its process namespace."""
     _mount("none", "/", "", _REC | _PRIVATE)
     base = "/tmp"
     _mount("tmpfs", base, "tmpfs", _NOSUID | _NODEV, "mode=0755,size=16m,nr_inodes=4096")
@@ -62,6 +63,10 @@ def build_root(readable: list[str], work: str | None, size: int, files: int) -> 
     _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"old"), "pivot_root")
     os.chdir("/")
     _mount("new", "/new", "", _BIND | _REC)  # a mount point, to become the root
+    in_memory = f"mode=0777,size={size},nr_inodes={files}"
+    if any(path.startswith("/tmp/") for path in readable):
+        os.mkdir("/new/tmp")
+        _mount("tmpfs", "/new/tmp", "tmpfs", _NOSUID | _NODEV, in_memory)
     for path in readable:
         source = f"/old{path}"
         if os.path.islink(source):
@@ -80,11 +85,11 @@ def build_root(readable: list[str], work: str | None, size: int, files: int) -> 
         _mount("proc", "/new/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
     os.makedirs("/new/box", exist_ok=True)
     if work is None:
-        _mount("tmpfs", "/new/box", "tmpfs", _NOSUID | _NODEV,
-               f"mode=0777,size={size},nr_inodes={files}")  # fmt: skip
+        _mount("tmpfs", "/new/box", "tmpfs", _NOSUID | _NODEV, in_memory)
     else:
         _bind(f"/old{work}", "/new/box", _NODEV)
-    os.symlink("/box", "/new/tmp")
+    if not os.path.exists("/new/tmp"):
+        os.symlink("/box", "/new/tmp")
     _check(_libc.umount2(b"/old", _DETACH), "umount2")
     os.chdir("/new")
     _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")

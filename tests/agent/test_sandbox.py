@@ -127,6 +127,22 @@ def inside(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_what_lies_in_tmp_can_be_read_and_tmp_be_written(level):
+    """As where an environment's folder is there: a home below /tmp."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        (Path(folder) / "told").write_text("here")
+        box = Sandbox(level=obtained(level), readable=(folder,))  # pyright: ignore
+        code = f"print(open('{folder}/told').read())\nopen('{folder}/new', 'w')"
+        ended = python(box, code)
+        assert ended.stdout.strip() == b"here" and ended.code != 0
+        assert not (Path(folder) / "new").exists()
+        if level == "namespaces":
+            ended = python(box, "open('/tmp/a', 'w').write('1'); print(open('/tmp/a').read())")
+            assert ended.stdout.strip() == b"1", ended.stderr
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("threat", sorted(THREATS))
 def test_a_threat_fails_inside_and_succeeds_outside(threat, level, inside, outside):
     obtained(level)
