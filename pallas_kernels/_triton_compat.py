@@ -42,6 +42,20 @@ def capability() -> int:
     return int(device.compute_capability.replace(".", ""))
 
 
+def refusal(platform: str | None = None) -> str | None:
+    """Why a kernel that is called outside `shard_map` cannot run on arrays there, or None."""
+    platform = platform or jax.default_backend()
+    if platform not in ("gpu", "cuda"):
+        return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
+    if reason := missing():
+        return reason
+    if capability() < 80:
+        return f"it needs a compute capability of 8.0 or more, not {capability() / 10}"
+    if jax.device_count() > 1:
+        return "XLA does not partition it"
+    return None
+
+
 def call(
     kernel: Any,
     inputs: Sequence[Any],

@@ -39,15 +39,8 @@ def supported(
     weights: LayerWeights, pages_shape: tuple[int, ...], pages_dtype, *, platform: str | None = None
 ) -> str | None:
     """Why the kernel cannot take such a layer over pages [P,K,page,H], or None if it can."""
-    platform = platform or jax.default_backend()
-    if platform not in ("gpu", "cuda"):
-        return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
-    if reason := _triton_compat.missing():
+    if reason := _triton_compat.refusal(platform):
         return reason
-    if (capability := _triton_compat.capability()) < 80:
-        return f"the kernel needs a compute capability of 8.0 or more, not {capability / 10}"
-    if jax.device_count() > 1:
-        return "XLA does not partition it"
     _, K, _, H = pages_shape
     dtype = weights.qkv.dtype
     if dtype not in (jnp.bfloat16, jnp.float16) or pages_dtype != dtype:

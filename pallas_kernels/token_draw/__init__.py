@@ -20,15 +20,8 @@ BLOCK = 4096
 
 def supported(logits_shape: tuple[int, ...], *, platform: str | None = None) -> str | None:
     """Why the kernel cannot draw from logits [S, V], or None if it can."""
-    platform = platform or jax.default_backend()
-    if platform not in ("gpu", "cuda"):
-        return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
-    if reason := _triton_compat.missing():
+    if reason := _triton_compat.refusal(platform):
         return reason
-    if (capability := _triton_compat.capability()) < 80:
-        return f"the kernel needs a compute capability of 8.0 or more, not {capability / 10}"
-    if jax.device_count() > 1:
-        return "XLA does not partition it"
     if logits_shape[1] > BLOCK * 256:
         return f"the kernel takes {BLOCK * 256} logits a row, not {logits_shape[1]}"
     return None

@@ -4,11 +4,6 @@ Run as a program, this file is the interpreter's process: TRITON_INTERPRET is re
 imported.
 """
 
-import importlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ import pytest
 from pallas_kernels import _triton_compat, decode_layer
 from pallas_kernels.decode_layer import reference
 from pallas_kernels.decode_layer import triton as backend
+from tests.pallas_kernels import triton_process
 from tests.pallas_kernels.test_triton import GENERATIONS, build, compiled, interpreted, spilled
 
 PROGRAMS = 6
@@ -150,30 +146,14 @@ KINDS = {f"{name}_ptr": "*fp32" for name in FLOATS} | {
 
 
 def in_interpreter(folder: Path, jobs: list[dict]) -> list[list[np.ndarray]]:
-    """Runs this file as a program on `jobs`; x, k_pages and v_pages of each."""
-    answer = str(folder / "answer.npz")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    task = json.dumps({"jobs": jobs, "answer": answer})
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_decode_layer", task]
-    root = Path(backend.__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with np.load(answer) as found:
-        return [[found[f"{i} {part}"] for part in range(3)] for i in range(len(jobs))]
+    """x, k_pages and v_pages of each job."""
+    found = triton_process.ask("tests.pallas_kernels.test_decode_layer", folder, jobs)
+    return [[found[f"{i} {part}"] for part in range(3)] for i in range(len(jobs))]
 
 
 if __name__ == "__main__":
     import torch
-    from triton.runtime import interpreter
 
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        """triton 3.6 takes an array of one number for a number; numpy 2.4 no longer does."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
     scratch: list[Any] = []
 
     def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, aliases, **constants):
@@ -185,26 +165,13 @@ if __name__ == "__main__":
         kernel[(programs,)](*given, *made, **constants)
         return [jnp.asarray(out.numpy()) for out in made]
 
-    def plant(number: int, right: str, wrong: str):
-        """The kernel's source with a mistake takes the place of the one without."""
-        text = (Path(backend.__file__).parent / "triton_source.py").read_text()
-        assert right in text, right
-        (folder / f"mistaken{number}.py").write_text(text.replace(right, wrong))
-        package.triton_source = importlib.import_module(f"mistaken{number}")
-
-    task = json.loads(sys.argv[1])
-    folder = Path(task["answer"]).parent
-    sys.path.insert(0, str(folder))
-    package: Any = importlib.import_module("pallas_kernels.decode_layer")
-    right_one = importlib.import_module("pallas_kernels.decode_layer.triton_source")
+    task = triton_process.mend()
     _triton_compat.call = call
     small = backend.Config(tile=64, columns=16, keys=16)
     answers = {}
     for number, job in enumerate(task["jobs"]):
-        package.triton_source = right_one
         scratch.clear()
-        if "replace" in job:
-            plant(number, *job["replace"])
+        triton_process.plant(decode_layer, task, number, job.get("replace"))
         form = FORMS[job["form"]]
         given = arguments(form, *PLACES[job["place"]])
         facts = jnp.stack([given.pop("length"), given.pop("slot")])
@@ -212,8 +179,8 @@ if __name__ == "__main__":
         state.append(decode_layer.counters(form["K"]))
         for phase in range(5):
             state = backend.launch(
-                *state[:4], **given, facts=facts,
-                programs=PROGRAMS, config=small, phases=(phase, phase), **OPTIONS,
+                *state[:4], **given, facts=facts, programs=PROGRAMS, config=small,
+                phases=(phase, phase), **OPTIONS,
             )  # fmt: skip
         assert not np.any(state[3]), "counters are left"
         answers |= {f"{number} {part}": np.asarray(state[part]) for part in range(3)}

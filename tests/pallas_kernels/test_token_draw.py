@@ -4,13 +4,7 @@ Run as a program, this file is the interpreter's process: TRITON_INTERPRET is re
 imported.
 """
 
-import importlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +12,7 @@ import pytest
 
 from pallas_kernels import _triton_compat, token_draw
 from pallas_kernels.token_draw import reference
+from tests.pallas_kernels import triton_process
 from tests.pallas_kernels.test_triton import build, compiled, interpreted, spilled
 
 S, V, BLOCK = 40, 77, 16
@@ -69,30 +64,13 @@ def test_it_compiles(tmp_path, monkeypatch, capability):
 
 
 def in_interpreter(folder: Path, jobs: list[dict]) -> list[list[np.ndarray]]:
-    """Runs this file as a program on `jobs`; tokens and log-probabilities of each."""
-    answer = str(folder / "answer.npz")
-    task = json.dumps({"jobs": jobs, "answer": answer})
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_token_draw", task]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    root = Path(token_draw.__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with np.load(answer) as found:
-        return [[found[f"{i} {part}"] for part in range(2)] for i in range(len(jobs))]
+    """Tokens and log-probabilities of each job."""
+    found = triton_process.ask("tests.pallas_kernels.test_token_draw", folder, jobs)
+    return [[found[f"{i} {part}"] for part in range(2)] for i in range(len(jobs))]
 
 
 if __name__ == "__main__":
     import torch
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        """triton 3.6 takes an array of one number for a number; numpy 2.4 no longer does."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
 
     def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, aliases, **constants):
         """What `_triton_compat.call` does, by the interpreter, on concrete arrays."""
@@ -103,21 +81,11 @@ if __name__ == "__main__":
         assert not made[0].any(), "counters are left"
         return [out.numpy() for out in made]
 
-    task = json.loads(sys.argv[1])
-    folder = Path(task["answer"]).parent
-    sys.path.insert(0, str(folder))
+    task = triton_process.mend()
     _triton_compat.call = call
-    package: Any = importlib.import_module("pallas_kernels.token_draw")
-    right_one = importlib.import_module("pallas_kernels.token_draw.triton_source")
-    text = Path(right_one.__file__ or "").read_text()
     answers = {}
     for number, job in enumerate(task["jobs"]):
-        package.triton_source = right_one
-        if "replace" in job:
-            right, wrong = job["replace"]
-            assert right in text, right
-            (folder / f"mistaken{number}.py").write_text(text.replace(right, wrong))
-            package.triton_source = importlib.import_module(f"mistaken{number}")
+        triton_process.plant(token_draw, task, number, job.get("replace"))
         made = token_draw.draw(*map(jnp.asarray, rows()), block=BLOCK)
         answers |= {f"{number} {part}": made[part] for part in range(2)}
     np.savez(task["answer"], **answers)
