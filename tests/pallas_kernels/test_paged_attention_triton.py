@@ -4,21 +4,16 @@ Run as a program, this file is the interpreter's process: TRITON_INTERPRET is re
 imported. It takes all its jobs at once.
 """
 
-import importlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _triton_compat
+from pallas_kernels import _triton_compat, paged_attention
 from pallas_kernels.paged_attention import triton as backend
+from tests.pallas_kernels import triton_process
 from tests.pallas_kernels.paged_cases import CASES, QUANTISED, SINKS, Batch, in_other_company
 from tests.pallas_kernels.test_triton import (
     GENERATIONS,
@@ -48,15 +43,10 @@ MISTAKES = {
 
 
 def in_interpreter(folder: Path, *jobs: dict) -> list[np.ndarray]:
-    """Runs this file as a program on `jobs`; their outputs."""
-    answer = str(folder / "answer.npz")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    """The outputs of jobs."""
     module = "tests.pallas_kernels.test_paged_attention_triton"
-    command = [sys.executable, "-m", module, json.dumps({"jobs": jobs, "answer": answer})]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with np.load(answer) as outputs:
-        return [outputs[str(i)] for i in range(len(jobs))]
+    outputs = triton_process.ask(module, folder, list(jobs))
+    return [outputs[str(i)] for i in range(len(jobs))]
 
 
 def batch_of(name: str) -> Batch:
@@ -206,15 +196,6 @@ if __name__ == "__main__":
     import torch
     from triton.runtime import interpreter
 
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        """triton 3.6 takes an array of one number for a number; numpy 2.4 no longer does."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
-
     def create_dot(self, a, b, d, *_):
         """Sums in one order for every row of a tile, as tensor cores do and BLAS does not."""
         products = np.einsum("ik,kj->ij", a.data.astype(np.float32), b.data.astype(np.float32))
@@ -237,28 +218,13 @@ if __name__ == "__main__":
         kernel[(programs,)](*map(tensor_of, inputs), *made, **constants)
         return [jnp.asarray(out.numpy()) for out in made]
 
-    def plant(number: int, right: str, wrong: str):
-        """The kernels' source with a mistake takes the place of the one without."""
-        text = (Path(backend.__file__).parent / "triton_source.py").read_text()
-        assert text.count(right) == 1, right
-        folder = Path(task["answer"]).parent
-        (folder / f"mistaken{number}.py").write_text(text.replace(right, wrong))
-        package.triton_source = importlib.import_module(f"mistaken{number}")
-
-    task = json.loads(sys.argv[1])
-    sys.path.insert(0, str(Path(task["answer"]).parent))
-    package: Any = importlib.import_module("pallas_kernels.paged_attention")
-    package.triton_source = right_one = importlib.import_module(
-        "pallas_kernels.paged_attention.triton_source"
-    )
+    task = triton_process.mend()
     _triton_compat.call = call
     backend._tiles = lambda *_: (16, 8)
     small = backend.Config(split=8)
     answers = {}
     for number, job in enumerate(task["jobs"]):
-        package.triton_source = right_one
-        if "replace" in job:
-            plant(number, *job["replace"])
+        triton_process.plant(paged_attention, task, number, job.get("replace"))
         batch = (
             in_other_company(37, **COMPANY)[job["company"]][0]
             if "company" in job

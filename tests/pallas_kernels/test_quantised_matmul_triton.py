@@ -4,13 +4,8 @@ Run as a program, this file is the interpreter's process: TRITON_INTERPRET is re
 imported.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +14,7 @@ import pytest
 
 from pallas_kernels.quantised_matmul import formats, reference
 from pallas_kernels.quantised_matmul import triton as backend
+from tests.pallas_kernels import triton_process
 from tests.pallas_kernels.test_triton import (  # noqa: F401 (a fixture)
     GENERATIONS,
     compiled,
@@ -61,16 +57,9 @@ def operands(name):
 
 
 def in_interpreter(folder: Path, job: dict) -> np.ndarray:
-    """Runs this file as a program on `job`; the product it leaves."""
-    job = {**job, "answer": str(folder / "answer.npy")}
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [
-        sys.executable, "-m", "tests.pallas_kernels.test_quantised_matmul_triton", json.dumps(job)
-    ]  # fmt: skip
-    root = SOURCE.parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return np.load(job["answer"])
+    """The product of a job."""
+    module = "tests.pallas_kernels.test_quantised_matmul_triton"
+    return triton_process.ask(module, folder, [job])["0"]
 
 
 @interpreted
@@ -148,19 +137,9 @@ def test_errors():
 
 
 if __name__ == "__main__":
-    import importlib
-
     import torch
-    from triton.runtime import interpreter
 
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):
-        """triton 3.6 takes an array of one number for a number; numpy 2.4 no longer does."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
+    from pallas_kernels import quantised_matmul
 
     def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, **constants):
         """What `_triton_compat.call` does, by the interpreter, on concrete arrays."""
@@ -170,16 +149,11 @@ if __name__ == "__main__":
         kernel[(programs,)](*tensors, *made, **constants)
         return [jnp.asarray(out.numpy()) for out in made]
 
-    job = json.loads(sys.argv[1])
+    task = triton_process.mend()
     backend._triton_compat.call = call
-    if "replace" in job:
-        right, wrong = job["replace"]
-        text = SOURCE.read_text()
-        assert text.count(right) == 1, right
-        Path(job["answer"]).with_name("mistaken.py").write_text(text.replace(right, wrong))
-        sys.path.insert(0, str(Path(job["answer"]).parent))
-        package: Any = importlib.import_module("pallas_kernels.quantised_matmul")
-        package.triton_source = importlib.import_module("mistaken")
+    (job,) = task["jobs"]
+    triton_process.plant(quantised_matmul, task, 0, job.get("replace"))
     block_n, block_k, splits = CASES[job["case"]][-1]
     tiles = backend.Tiles(block_n, block_k, splits)
-    np.save(job["answer"], np.asarray(backend.weight_matmul(*operands(job["case"]), tiles=tiles)))
+    out = backend.weight_matmul(*operands(job["case"]), tiles=tiles)
+    np.savez(task["answer"], **{"0": np.asarray(out)})
