@@ -12,7 +12,9 @@ Cost of a process: 2 (n-1)/n b bytes out and in, n-1 additions of b/n; a pipe co
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import queue
 import sys
 import threading
 import time
@@ -35,13 +37,20 @@ class Link(Protocol):
 
 
 class Pipes:
-    """Anonymous pipes of one machine. A full pipe blocks its writer, so a thread writes."""
+    """Anonymous pipes of one machine. A full pipe blocks its writer, so a thread writes, in order."""
 
     def __init__(self, onward: Connection, back: Connection) -> None:
         self.onward, self.back = onward, back
+        self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._write, daemon=True).start()
 
     def send(self, data: bytes) -> None:
-        threading.Thread(target=self.onward.send_bytes, args=(data,), daemon=True).start()
+        self._queue.put(data)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # the next process is gone: who waits for it says so
+            while True:
+                self.onward.send_bytes(self._queue.get())
 
     def receive(self) -> bytes:
         if not self.back.poll(TIMEOUT):

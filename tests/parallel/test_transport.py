@@ -1,5 +1,7 @@
 """A ring between real processes: the sum, the bytes, and a process that is gone."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,17 @@ def test_a_ring_of_processes_sums(kind):
     for total, messages, sent in run(work, N, kind):
         np.testing.assert_allclose(total, expected, rtol=1e-12)
         assert (messages, sent) == (cost.steps, cost.bytes)
+
+
+def test_what_is_sent_comes_in_order():
+    """Many messages at once, which a thread for each would shuffle."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    link = transport.Pipes(sender, receiver)
+    for i in range(500):
+        link.send(bytes([i % 251]) * (1 + i % 7000))
+    for i in range(500):
+        data = link.receive()
+        assert data == bytes([i % 251]) * (1 + i % 7000), i
 
 
 def test_a_process_that_is_gone_is_told():
