@@ -37,7 +37,7 @@ class Link(Protocol):
 
 
 class Pipes:
-    """Anonymous pipes of one machine. A full one blocks its writer, so a thread writes, in order."""
+    """Anonymous pipes of one machine. A full one blocks its writer, so a thread writes to it."""
 
     def __init__(self, onward: Connection, back: Connection) -> None:
         self.onward, self.back = onward, back

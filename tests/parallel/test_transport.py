@@ -1,6 +1,7 @@
 """A ring between real processes: the sum, the bytes, and a process that is gone."""
 
-import multiprocessing
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -50,15 +51,26 @@ def test_a_ring_of_processes_sums(kind):
         assert (messages, sent) == (cost.steps, cost.bytes)
 
 
-def test_what_is_sent_comes_in_order():
-    """Many messages at once, which a thread for each would shuffle."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    link = transport.Pipes(sender, receiver)
-    for i in range(500):
-        link.send(bytes([i % 251]) * (1 + i % 7000))
-    for i in range(500):
-        data = link.receive()
-        assert data == bytes([i % 251]) * (1 + i % 7000), i
+class Slowing:
+    """The end of a pipe whose first message takes its time."""
+
+    def __init__(self, count):
+        self.written, self.all = [], threading.Event()
+        self.count = count
+
+    def send_bytes(self, data):
+        time.sleep(0 if self.written or data != b"0" else 0.2)
+        self.written.append(data)
+        if len(self.written) == self.count:
+            self.all.set()
+
+
+def test_no_message_overtakes_another():
+    end = Slowing(3)
+    link = transport.Pipes(end, None)
+    for i in range(3):
+        link.send(str(i).encode())
+    assert end.all.wait(30) and end.written == [b"0", b"1", b"2"]
 
 
 def test_a_process_that_is_gone_is_told():
