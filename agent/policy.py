@@ -39,7 +39,7 @@ class Rule:
 
 
 def _matches(text: str, pattern: str) -> bool:
-    # "/work/../etc/passwd" is not below /work, whether the rule allows or denies.
+    # "/data/../etc/passwd" is not below /data, whether the rule allows or denies.
     whole = posixpath.normpath(text) if "/" in pattern and "://" not in pattern else text
     return fnmatch.fnmatchcase(whole, pattern)
 

@@ -152,9 +152,9 @@ def test_a_tool_may_find_out_that_its_result_is_a_strangers():
 
 
 RULES = [
-    ("read is free", "read", {"path": "/work/a"}, "allow"),
-    ("below work", "write", {"path": "/work/a/b"}, "allow"),
-    ("leaves work", "write", {"path": "/work/../etc/passwd"}, "ask"),
+    ("read is free", "read", {"path": "/data/a"}, "allow"),
+    ("below work", "write", {"path": "/data/a/b"}, "allow"),
+    ("leaves work", "write", {"path": "/data/../etc/passwd"}, "ask"),
     ("enters the forbidden", "write", {"path": "/tmp/../secret/x"}, "deny"),
     ("elsewhere", "write", {"path": "/home/a"}, "ask"),
     ("no such argument", "write", {"text": "x"}, "ask"),
@@ -165,7 +165,7 @@ RULES = [
 def test_rules_by_tool_and_argument(why, name, arguments, action):
     policy = Policy((
         Rule("rea*", "allow"), Rule("write", "deny", {"path": "/secret/*"}),
-        Rule("write", "allow", {"path": "/work/*"}), Rule("*", "ask"),
+        Rule("write", "allow", {"path": "/data/*"}), Rule("*", "ask"),
     ))  # fmt: skip
 
     @tool
