@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from agent.events import (
-    ApprovalRequested,
-    HandedOff,
-    Kept,
-    Passing,
-    Retried,
-    ToolFinished,
-    ToolProgress,
-    ToolStarted,
-)
+from agent import events as ev
 from agent.execute import execute
 from agent.messages import ToolCall
 from agent.policy import Decision, decide, tripped
@@ -45,7 +36,7 @@ async def call_tools(drive: Drive) -> bool:
         if may_run:
             ready.append((tool, call))
         elif answer is not None:
-            await drive.record(ToolFinished(call.id, f"error: {answer}", error))
+            await drive.record(ev.ToolFinished(call.id, f"error: {answer}", error))
     if not ready:
         return not drive.state.pending
     for batch in _batches(ready):
@@ -87,7 +78,7 @@ async def _judge(
     answer = state.decided.get(call.id)
     if answer is None:
         if call.id not in state.asked:
-            await drive.record(ApprovalRequested(call, decision.reason))
+            await drive.record(ev.ApprovalRequested(call, decision.reason))
         return None, "", False
     if answer.approved:
         return None, "", True
@@ -99,33 +90,33 @@ async def _transfer_or_refuse(drive: Drive, agent: Agent, call: ToolCall) -> Non
     if other is None:
         names = ", ".join(spec.name for spec in agent.specs) or "none"
         told = f"error: there is no tool {call.name!r}; there are: {names}"
-        await drive.record(ToolFinished(call.id, told, "unknown_tool"))
+        await drive.record(ev.ToolFinished(call.id, told, "unknown_tool"))
         return
     rest = [c for c in drive.state.pending if c.id != call.id]
-    skipped = [ToolFinished(c.id, "error: not run beside a handoff", "skipped") for c in rest]
-    handed = HandedOff(other.name, drive.instructions(other))
-    await drive.record(*skipped, ToolFinished(call.id, f"{other.name} takes over"), handed)
+    skipped = [ev.ToolFinished(c.id, "error: not run beside a handoff", "skipped") for c in rest]
+    handed = ev.HandedOff(other.name, drive.instructions(other))
+    await drive.record(*skipped, ev.ToolFinished(call.id, f"{other.name} takes over"), handed)
 
 
 async def _call(drive: Drive, tool: Tool, call: ToolCall, limiter: anyio.CapacityLimiter) -> None:
     async with limiter:
         key = drive.state.started.get(call.id) or f"{drive.session}:{call.id}"
         drive.mine.add(call.id)
-        started = ToolStarted(call.id, call.name, key)
+        started = ev.ToolStarted(call.id, call.name, key)
         # What is pure may run again after a crash, so its beginning need not be flushed before it.
         pure = tool.effects == "pure"
         await (drive.emit(started) if pure else drive.record(started))
 
         async def report(text: str) -> None:
-            await drive.show(ToolProgress(call.id, text))
+            await drive.show(ev.ToolProgress(call.id, text))
 
         context = Context(
             drive.deps, drive.session, drive.agent.name, call.id, key, drive.state.tainted_by,
             report,
         )  # fmt: skip
 
-        async def listen(event: Kept | Passing) -> None:
-            await (drive.record(event) if isinstance(event, Retried) else drive.show(event))
+        async def listen(event: ev.Kept | ev.Passing) -> None:
+            await (drive.record(event) if isinstance(event, ev.Retried) else drive.show(event))
 
         ended = await execute(tool, call, context, listen)
         if reason := await tripped(drive.agent.guardrails, "result", ended.content):

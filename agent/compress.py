@@ -15,13 +15,16 @@ what it cost and what the model no longer sees.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from agent.events import Compressed
 from agent.messages import Message, user
 from agent.model import Model, Request, Settings, Usage, complete
 
+Said = Sequence[Message]
 Strategy = Literal["trim", "drop", "summarise", "hierarchical"]
 _SUMMARY = "What was said before, in short:\n"
 _ASK = (
@@ -31,7 +34,7 @@ _ASK = (
 _CHUNK = 8  # turns that one summary of "hierarchical" covers
 
 
-def estimate(messages: Sequence[Message]) -> int:
+def estimate(messages: Said) -> int:
     """About how many tokens the messages are: a quarter of their characters, and a few each."""
     size = sum(len(m.content) + sum(len(c.arguments) + 20 for c in m.calls) for m in messages)
     return size // 4 + 4 * len(messages)
@@ -46,24 +49,10 @@ class Compression:
     strategies: tuple[Strategy, ...] = ("trim", "summarise")
     keep: float = 0.5
     recent: int = 4
-    count: Callable[[Sequence[Message]], int] = estimate
+    count: Callable[[Said], int] = estimate
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A shorter conversation; `before` and `after` in tokens, `prefix` of which are the same as
-    before and need not be read again, `lost` in words, `usage` of the model that summed up."""
-
-    messages: tuple[Message, ...]
-    strategies: tuple[str, ...]
-    before: int
-    after: int
-    prefix: int
-    lost: str
-    usage: Usage = field(default_factory=Usage)
-
-
-async def compress(messages: Sequence[Message], how: Compression, model: Model) -> Outcome | None:
+async def compress(messages: Said, how: Compression, model: Model) -> Compressed | None:
     """The conversation within its budget, or None where it fits already or nothing can go. Calls
     and their results stay together."""
     before = how.count(messages)
@@ -84,10 +73,10 @@ async def compress(messages: Sequence[Message], how: Compression, model: Model) 
         (i for i, (a, b) in enumerate(zip(messages, now, strict=False)) if a != b), len(now)
     )
     after, prefix = how.count(now), how.count(now[:same])
-    return Outcome(now, tuple(used), before, after, prefix, "; ".join(lost), usage)
+    return Compressed(now, tuple(used), before, after, prefix, "; ".join(lost), usage)
 
 
-def turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
+def turns(messages: Said) -> list[tuple[Message, ...]]:
     """The conversation in pieces that may be taken away whole: a message with its results."""
     found: list[tuple[Message, ...]] = []
     for message in messages:
@@ -102,7 +91,7 @@ def _joined(pieces: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
     return tuple(message for piece in pieces for message in piece)
 
 
-async def _trim(messages: Sequence[Message], how: Compression, target: int, model: Model) -> Any:
+async def _trim(messages: Said, how: Compression, target: int, model: Model) -> Any:
     pieces, gone = turns(messages), 0
     for i, piece in enumerate(pieces[: len(pieces) - how.recent]):
         if how.count(_joined(pieces)) <= target:
@@ -117,7 +106,7 @@ async def _trim(messages: Sequence[Message], how: Compression, target: int, mode
     return _joined(pieces), f"the text of {gone} results", Usage()
 
 
-async def _drop(messages: Sequence[Message], how: Compression, target: int, model: Model) -> Any:
+async def _drop(messages: Said, how: Compression, target: int, model: Model) -> Any:
     pieces, gone = turns(messages), 0
     while len(pieces) > 1 + how.recent and how.count(_joined(pieces)) > target:
         del pieces[1]
@@ -125,33 +114,22 @@ async def _drop(messages: Sequence[Message], how: Compression, target: int, mode
     return _joined(pieces), f"{gone} turns", Usage()
 
 
-async def _summarise(
-    messages: Sequence[Message], how: Compression, target: int, model: Model
+async def _summed_up(
+    messages: Said, how: Compression, target: int, model: Model, chunk: int = 1 << 30
 ) -> Any:
+    """The old turns as a summary for each `chunk` of them, the older half of many in one."""
     pieces = turns(messages)
     old = pieces[1 : max(1, len(pieces) - how.recent)]
-    if not old:
-        return messages, "", Usage()
-    text, usage = await _summary(old, model)
-    kept = (*pieces[0], user(_SUMMARY + text), *_joined(pieces[1 + len(old) :]))
-    return kept, f"the wording of {len(old)} turns", usage
-
-
-async def _hierarchical(
-    messages: Sequence[Message], how: Compression, target: int, model: Model
-) -> Any:
-    pieces = turns(messages)
-    old = pieces[1 : max(1, len(pieces) - how.recent)]
-    rest, usage = pieces[1 + len(old) :], Usage()
-    summaries: list[str] = []
-    for i in range(0, len(old), _CHUNK):
-        text, spent = await _summary(old[i : i + _CHUNK], model)
+    summaries, usage = list[str](), Usage()
+    for i in range(0, len(old), chunk):
+        text, spent = await _summary(old[i : i + chunk], model)
         summaries, usage = [*summaries, text], usage + spent
-    if len(summaries) > 2:  # the older half in one
+    if len(summaries) > 2:
         half = len(summaries) // 2
         text, spent = await _summary([(user(s),) for s in summaries[:half]], model)
         summaries, usage = [text, *summaries[half:]], usage + spent
-    kept = (*pieces[0], *(user(_SUMMARY + s) for s in summaries), *_joined(rest))
+    shown = (user(_SUMMARY + text) for text in summaries)
+    kept = (*pieces[0], *shown, *_joined(pieces[1 + len(old) :]))
     return kept, f"the wording of {len(old)} turns", usage
 
 
@@ -166,5 +144,6 @@ async def _summary(pieces: Sequence[tuple[Message, ...]], model: Model) -> tuple
 
 
 _STRATEGIES: dict[str, Callable[..., Any]] = {
-    "trim": _trim, "drop": _drop, "summarise": _summarise, "hierarchical": _hierarchical,
+    "trim": _trim, "drop": _drop, "summarise": _summed_up,
+    "hierarchical": functools.partial(_summed_up, chunk=_CHUNK),
 }  # fmt: skip

@@ -11,32 +11,17 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import anyio
 import stamina
 from pydantic import TypeAdapter
 
+from agent import events as ev
 from agent.answers import conclude, conclude_by_call
 from agent.calls import call_tools
-from agent.compress import Compression, compress
-from agent.events import (
-    ApprovalDecided,
-    ApprovalRequested,
-    Compressed,
-    Event,
-    Kept,
-    ModelResponded,
-    Reason,
-    Resumed,
-    Retried,
-    RunFinished,
-    RunStarted,
-    TextDelta,
-    ToolFinished,
-    ToolProgress,
-)
+from agent.compress import compress
 from agent.execute import Emit
 from agent.journal import MemoryStore, Store
 from agent.messages import Message, user
@@ -54,18 +39,18 @@ class Result:
     resumed with their decisions, by this process or another."""
 
     session: str
-    reason: Reason | Literal["waiting"]
+    reason: ev.Reason | Literal["waiting"]
     output: Any
     detail: str
     state: State
 
     @property
-    def approvals(self) -> tuple[ApprovalRequested, ...]:
+    def approvals(self) -> tuple[ev.ApprovalRequested, ...]:
         """The calls that wait for a person."""
         return self.state.waiting
 
 
-async def ignore(event: Event) -> None:
+async def ignore(event: ev.Event) -> None:
     """Listens to nothing."""
 
 
@@ -107,10 +92,10 @@ class Drive:
         said = "\n".join(m.content for m in messages if m.role == "user")
         if reason := await tripped(agent.guardrails, "input", said):
             # What a guardrail stopped is not kept in the conversation, only that it did.
-            began = RunStarted(agent.name, self.instructions(agent), (), tainted_by)
-            await self.record(began, RunFinished("guardrail", detail=reason))
+            began = ev.RunStarted(agent.name, self.instructions(agent), (), tainted_by)
+            await self.record(began, ev.RunFinished("guardrail", detail=reason))
             return self._result()
-        began = RunStarted(agent.name, self.instructions(agent), messages, tainted_by)
+        began = ev.RunStarted(agent.name, self.instructions(agent), messages, tainted_by)
         return await self._go(began)
 
     async def go_on(self, decisions: Mapping[str, bool | str]) -> Result:
@@ -124,16 +109,16 @@ class Drive:
         if self.state.finished is not None and self.state.finished.reason == "done":
             return self._result()
         decided = [
-            ApprovalDecided(id, answer is True, answer if isinstance(answer, str) else "")
+            ev.ApprovalDecided(id, answer is True, answer if isinstance(answer, str) else "")
             for id, answer in decisions.items()
         ]
-        return await self._go(*decided, Resumed())
+        return await self._go(*decided, ev.Resumed())
 
     def instructions(self, agent: Agent) -> str:
         given = agent.instructions
         return given if isinstance(given, str) else given(self.deps)
 
-    async def record(self, *events: Kept, shown: int = 0) -> None:
+    async def record(self, *events: ev.Kept, shown: int = 0) -> None:
         """Journals the events, all or none, then folds and emits them but for the first `shown`."""
         cleaned = [self.redactor.event(event) for event in events]
         async with self.lock:
@@ -144,13 +129,13 @@ class Drive:
         for event in cleaned[shown:]:
             await self.emit(event)
 
-    async def show(self, event: Event) -> None:
+    async def show(self, event: ev.Event) -> None:
         """Emits what is not kept; a tool's progress may hold secrets as its result may."""
-        if isinstance(event, ToolProgress):
+        if isinstance(event, ev.ToolProgress):
             event = replace(event, text=self.redactor.text(event.text))
         await self.emit(event)
 
-    async def _go(self, *first: Kept) -> Result:
+    async def _go(self, *first: ev.Kept) -> Result:
         seconds = self.root.limits.seconds
         try:
             await self.record(*first)
@@ -182,33 +167,37 @@ class Drive:
         elif last is not None and last.role == "assistant" and not last.calls and state.finish:
             await conclude(self, last.content)
         elif reached := self.root.limits.reached(state.spent):
-            await self.record(RunFinished("limit", detail=reached))
+            await self.record(ev.RunFinished("limit", detail=reached))
         else:
             try:
                 await self._turn()
             except (TransportError, UserError) as error:
-                await self.record(RunFinished("error", detail=f"{self.agent.model.name}: {error}"))
+                await self.record(
+                    ev.RunFinished("error", detail=f"{self.agent.model.name}: {error}")
+                )
         return True
 
-    async def _close(self, reason: Reason, detail: str) -> None:
+    async def _close(self, reason: ev.Reason, detail: str) -> None:
         """Ends the run with a conversation in which every call has a result."""
         if self.state.finished is not None or not self.state.runs:
             return
         text = "".join(self.partial)
-        events: list[Kept] = []
+        events: list[ev.Kept] = []
         if text:
             message = Message("assistant", text)
-            events.append(ModelResponded(self.agent.model.name, message, Usage(), "cut", 0.0))
+            events.append(ev.ModelResponded(self.agent.model.name, message, Usage(), "cut", 0.0))
         for call in self.state.pending:
             began = call.id in self.state.started
             so = "it was ended and may have taken effect" if began else "it was not begun"
-            events.append(ToolFinished(call.id, f"error: {reason}: {so}", reason))
-        await self.record(*events, RunFinished(reason, text or None, detail))
+            events.append(ev.ToolFinished(call.id, f"error: {reason}: {so}", reason))
+        await self.record(*events, ev.RunFinished(reason, text or None, detail))
 
     async def _turn(self) -> None:
         agent = self.agent
         if agent.compression is not None:
-            await self._compress(agent.compression)
+            made = await compress(self.state.messages, agent.compression, agent.model)
+            if made is not None:
+                await self.record(made)
         state = self.state
         settings = replace(
             agent.settings,
@@ -230,21 +219,16 @@ class Drive:
                     completion = await self._listen(agent.model, request)
                 except TransportError as error:
                     if attempt.num <= agent.transport_retries:
-                        await self.record(Retried("transport", attempt.num, str(error)))
+                        await self.record(ev.Retried("transport", attempt.num, str(error)))
                     raise
                 message = _with_unique_ids(completion.message, state)
                 self.partial.clear()
                 await self.record(
-                    ModelResponded(
+                    ev.ModelResponded(
                         agent.model.name, message, completion.usage, completion.finish,
                         time.monotonic() - began,
                     )
                 )  # fmt: skip
-
-    async def _compress(self, how: Compression) -> None:
-        made = await compress(self.state.messages, how, self.agent.model)
-        if made is not None:
-            await self.record(Compressed(**{f.name: getattr(made, f.name) for f in fields(made)}))
 
     async def _listen(self, model: Model, request: Request) -> Completion:
         self.partial.clear()
@@ -253,7 +237,7 @@ class Drive:
             async for item in stream:
                 if isinstance(item, Completion):
                     return item
-                if isinstance(item, TextDelta):
+                if isinstance(item, ev.TextDelta):
                     self.partial.append(item.text)
                 await self.emit(item)
         raise TransportError(f"{model.name}: the stream ended without an end")

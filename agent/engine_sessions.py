@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from agent.messages import Message, choice_to_openai, to_openai
-from agent.model import Request, ToolSpec
+from agent.messages import Message
+from agent.model import Request, ToolSpec, openai_body
 from decode.request import Request as EngineRequest
 from decode.server.prompts import Sender, chat
 from decode.server.protocol import ChatRequest, Failure
@@ -131,7 +131,11 @@ class Sessions:
     ) -> tuple[str, EngineRequest, Callable[[], Reader]]:
         words = _Words(self._tokenizer)
         try:
-            body = ChatRequest(**_body(request, messages), add_generation_prompt=begin)
+            # Where calls are asked for, random weights would never stop.
+            several = request.tool_choice in ("auto", "none")
+            asked: Any = openai_body(request, messages) | {"parallel_tool_calls": several}
+            asked.pop("max_tokens", None)  # `EngineModel` knows the room
+            body = ChatRequest(**asked, add_generation_prompt=begin)
             ask = chat(body, cast(Tokenizer, words), max_len, Sender(uuid.uuid4().hex, "", 0.0))
         except (Failure, ValueError) as error:
             raise UserError(f"agent: {' '.join(str(error).split())}") from None
@@ -183,25 +187,3 @@ def _same(mine: Message, theirs: Message) -> bool:
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def _body(request: Request, messages: Sequence[Message]) -> dict[str, Any]:
-    settings = request.settings
-    body: dict[str, Any] = {
-        "messages": [to_openai(message) for message in messages],
-        "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
-        "stop": list(settings.stop) or None,
-        # Where calls are asked for, random weights would never stop.
-        "parallel_tool_calls": request.tool_choice in ("auto", "none"),
-    }  # fmt: skip
-    if request.tools:
-        body["tool_choice"] = choice_to_openai(request.tool_choice)
-        body["tools"] = [
-            {"type": "function", "function": {
-                "name": t.name, "description": t.description, "parameters": dict(t.parameters)}}
-            for t in request.tools
-        ]  # fmt: skip
-    if request.schema is not None:
-        schema = {"name": "answer", "schema": dict(request.schema)}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return body

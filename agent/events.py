@@ -191,23 +191,10 @@ class ToolProgress:
 
 
 Kept = (
-    RunStarted
-    | Resumed
-    | Retried
-    | ModelResponded
-    | OutputRejected
-    | ToolStarted
-    | ToolFinished
-    | ApprovalRequested
-    | ApprovalDecided
-    | HandedOff
-    | Compressed
-    | Forked
-    | GraphStarted
-    | NodeWrote
-    | GraphAnswered
-    | RunFinished
-)
+    RunStarted | Resumed | Retried | ModelResponded | OutputRejected | ToolStarted | ToolFinished
+    | ApprovalRequested | ApprovalDecided | HandedOff | Compressed | Forked | GraphStarted
+    | NodeWrote | GraphAnswered | RunFinished
+)  # fmt: skip
 Passing = TextDelta | ReasoningDelta | CallDelta | ToolProgress
 Event = Kept | Passing
 

@@ -118,12 +118,9 @@ async def _once(tool: Tool, call: ToolCall, arguments: dict[str, Any], emit: Emi
 
 async def _in_process(tool: Tool, call: ToolCall) -> str:
     work = {
-        "module": tool.function.__module__,
-        "qualname": tool.function.__qualname__,
-        "arguments": call.arguments,
-        "path": sys.path,
-        "parent": os.getpid(),
-    }
+        "module": tool.function.__module__, "qualname": tool.function.__qualname__,
+        "arguments": call.arguments, "path": sys.path, "parent": os.getpid(),
+    }  # fmt: skip
     ended = await run_process(
         [sys.executable, "-c", _PATH.format(sys.path) + _WORKER],
         stdin=json.dumps(work).encode(), seconds=tool.timeout, max_output=LARGEST * 4,

@@ -1,4 +1,4 @@
-"""A model behind any server that speaks OpenAI's chat completions, streamed or not.
+"""A model behind any server that speaks OpenAI's chat completions.
 
 The client is the official one, with its own retries off: a request that may be repeated raises
 TransportError and the loop, which can journal it, decides. `prompt_cache_key` names the run, so
@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.messages import Message, ToolCall, choice_to_openai, to_openai
+from agent.messages import Message, ToolCall
 from agent.model import (
     CallDelta,
     Completion,
@@ -26,6 +26,7 @@ from agent.model import (
     TextDelta,
     TransportError,
     Usage,
+    openai_body,
 )
 from jaxinfra.errors import UserError
 
@@ -40,7 +41,6 @@ class HTTPModel:
     name: str
     base_url: str
     key_variable: str = "OPENAI_API_KEY"
-    streaming: bool = True
     timeout: float = 120.0
     price: Price = field(default_factory=Price)
 
@@ -55,13 +55,9 @@ class HTTPModel:
         )  # fmt: skip
         async with client:
             try:
-                if self.streaming:
-                    items = self._streamed(client, request)
-                    async with contextlib.aclosing(items):
-                        async for item in items:
-                            yield item
-                else:
-                    yield await self._whole(client, request)
+                async with contextlib.aclosing(self._streamed(client, request)) as items:
+                    async for item in items:
+                        yield item
             except openai.APIStatusError as error:
                 message = f"{self.base_url}: {error.status_code} {error.message}"
                 if error.status_code in (408, 409, 429) or error.status_code >= 500:
@@ -80,11 +76,11 @@ class HTTPModel:
         text: list[str] = []
         made: dict[int, dict[str, str]] = {}
         finish, usage = None, Usage()
-        options = {"stream": True, "stream_options": {"include_usage": True}}
+        body = openai_body(request, request.messages) | {"model": self.name, "stream": True}
+        body |= {"prompt_cache_key": request.program} if request.program else {}
+        body |= {"stream_options": {"include_usage": True}}
         try:
-            async with await client.chat.completions.create(
-                **_body(self.name, request), **options
-            ) as chunks:
+            async with await client.chat.completions.create(**body) as chunks:
                 async for chunk in chunks:
                     if chunk.usage is not None:
                         usage = self._usage(chunk.usage)
@@ -97,14 +93,13 @@ class HTTPModel:
                             text.append(delta.content)
                             yield TextDelta(delta.content)
                         for part in delta.tool_calls or ():
-                            call = made.setdefault(
-                                part.index, {"id": "", "name": "", "arguments": ""}
-                            )
+                            nothing = {"id": "", "name": "", "arguments": ""}
+                            call = made.setdefault(part.index, nothing)
                             call["id"] = part.id or call["id"]
                             if part.function is not None:
-                                call["name"] += part.function.name or ""
-                                call["arguments"] += part.function.arguments or ""
                                 written = part.function.arguments or ""
+                                call["name"] += part.function.name or ""
+                                call["arguments"] += written
                                 yield CallDelta(part.index, call["name"], written)
         except (httpx2.TransportError, ValueError) as error:
             raise TransportError(f"{self.base_url}: the stream broke ({error})") from None
@@ -113,19 +108,6 @@ class HTTPModel:
         calls = tuple(ToolCall(**made[index]) for index in sorted(made))
         message = Message("assistant", "".join(text), calls)
         yield Completion(message, usage, _finish(finish, calls))
-
-    async def _whole(self, client: Any, request: Request) -> Completion:
-        answer = await client.chat.completions.create(**_body(self.name, request))
-        if not answer.choices:
-            raise TransportError(f"{self.base_url}: an answer without choices")
-        choice = answer.choices[0]
-        calls = tuple(
-            ToolCall(call.id or "", call.function.name, call.function.arguments)
-            for call in choice.message.tool_calls or ()
-        )
-        message = Message("assistant", choice.message.content or "", calls)
-        usage = self._usage(answer.usage) if answer.usage is not None else Usage()
-        return Completion(message, usage, _finish(choice.finish_reason, calls))
 
     def _usage(self, usage: Any) -> Usage:
         details = usage.prompt_tokens_details
@@ -141,39 +123,6 @@ def _certificates() -> ssl.SSLContext:
     import httpx2
 
     return httpx2.create_ssl_context()
-
-
-def _body(name: str, request: Request) -> dict[str, Any]:
-    settings = request.settings
-    body: dict[str, Any] = {
-        "model": name,
-        "messages": [to_openai(message) for message in request.messages],
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "max_tokens": settings.max_tokens,
-        "seed": settings.seed,
-        "stop": list(settings.stop) or None,
-        "prompt_cache_key": request.program or None,
-    }
-    if request.tools:
-        body["tools"] = [
-            {
-                "type": "function",
-                "function": {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "parameters": dict(tool.parameters),
-                },
-            }
-            for tool in request.tools
-        ]
-        body["tool_choice"] = choice_to_openai(request.tool_choice)
-    if request.schema is not None:
-        body["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "answer", "schema": dict(request.schema), "strict": True},
-        }
-    return {key: value for key, value in body.items() if value is not None}
 
 
 def _finish(reason: str | None, calls: tuple[ToolCall, ...]) -> Any:

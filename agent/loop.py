@@ -36,43 +36,28 @@ class Stream:
 
 
 async def run(
-    agent: Agent,
-    task: str | Sequence[Message],
-    *,
-    store: Store | None = None,
-    session: str | None = None,
-    deps: Any = None,
-    redactor: Redactor | None = None,
+    agent: Agent, task: str | Sequence[Message], *, store: Store | None = None,
+    session: str | None = None, deps: Any = None, redactor: Redactor | None = None,
     tainted_by: tuple[str, ...] = (),
-) -> Result:
+) -> Result:  # fmt: skip
     """Runs the agent on a new task, in a new session or after what is in an old one."""
     drive = Drive(agent, store, session, deps, redactor)
     return await drive.begin(task, tainted_by)
 
 
 async def resume(
-    agent: Agent,
-    session: str,
-    *,
-    store: Store,
-    decisions: Mapping[str, bool | str] | None = None,
-    deps: Any = None,
-    redactor: Redactor | None = None,
-) -> Result:
+    agent: Agent, session: str, *, store: Store, decisions: Mapping[str, bool | str] | None = None,
+    deps: Any = None, redactor: Redactor | None = None,
+) -> Result:  # fmt: skip
     """Goes on where the journal ends: after a crash, a limit, an error, or with a person's
     `decisions` by call id (True, False, or a refusal in words that the model is told)."""
     return await Drive(agent, store, session, deps, redactor).go_on(decisions or {})
 
 
 async def run_once(
-    agent: Agent,
-    task: str | Sequence[Message],
-    *,
-    store: Store,
-    session: str,
-    deps: Any = None,
+    agent: Agent, task: str | Sequence[Message], *, store: Store, session: str, deps: Any = None,
     tainted_by: tuple[str, ...] = (),
-) -> Result:
+) -> Result:  # fmt: skip
     """The one run of a session: begun, gone on with, or already over and only looked up. What is
     made of such runs under names of their own can be started again after a crash and repeats
     nothing."""
@@ -85,15 +70,10 @@ async def run_once(
 
 @contextlib.asynccontextmanager
 async def run_stream(
-    agent: Agent,
-    task: str | Sequence[Message] | None = None,
-    *,
-    store: Store | None = None,
-    session: str | None = None,
-    decisions: Mapping[str, bool | str] | None = None,
-    deps: Any = None,
+    agent: Agent, task: str | Sequence[Message] | None = None, *, store: Store | None = None,
+    session: str | None = None, decisions: Mapping[str, bool | str] | None = None, deps: Any = None,
     redactor: Redactor | None = None,
-) -> AsyncIterator[Stream]:
+) -> AsyncIterator[Stream]:  # fmt: skip
     """`run`, or without a task `resume`, as a stream of events; leaving the block early cancels
     the run.
 

@@ -38,24 +38,13 @@ def user(text: str) -> Message:
     return Message("user", text)
 
 
-def choice_to_openai(choice: str) -> str | dict[str, Any]:
-    """A request's `tool_choice` in the form of OpenAI's chat completions."""
-    if choice in ("auto", "required", "none"):
-        return choice
-    return {"type": "function", "function": {"name": choice}}
-
-
 def to_openai(message: Message) -> dict[str, Any]:
     """The message in the form of OpenAI's chat completions."""
     entry: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.calls:
         entry["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in message.calls
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+            for c in message.calls
         ]
     if message.call_id is not None:
         entry["tool_call_id"] = message.call_id

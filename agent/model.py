@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from agent.messages import Message
+from agent.messages import Message, to_openai
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,29 @@ class Model(Protocol):
         will. Closing the iterator early must stop the work behind it.
         """
         ...
+
+
+def openai_body(request: Request, messages: Sequence[Message]) -> dict[str, Any]:
+    """The request over `messages` in the form of OpenAI's chat completions, without a model."""
+    settings, choice = request.settings, request.tool_choice
+    body: dict[str, Any] = {
+        "messages": [to_openai(message) for message in messages],
+        "temperature": settings.temperature, "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens, "seed": settings.seed,
+        "stop": list(settings.stop) or None,
+    }  # fmt: skip
+    if request.tools:
+        named = {"type": "function", "function": {"name": choice}}
+        body["tool_choice"] = choice if choice in ("auto", "required", "none") else named
+        body["tools"] = [
+            {"type": "function", "function": {
+                "name": t.name, "description": t.description, "parameters": dict(t.parameters)}}
+            for t in request.tools
+        ]  # fmt: skip
+    if request.schema is not None:
+        schema = {"name": "answer", "schema": dict(request.schema), "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return {key: value for key, value in body.items() if value is not None}
 
 
 async def complete(model: Model, request: Request) -> Completion:

@@ -30,15 +30,10 @@ class Finished:
 
 
 async def run_process(
-    argv: Sequence[str],
-    *,
-    stdin: bytes = b"",
-    seconds: float | None = None,
-    max_output: int = 1_000_000,
-    env: Mapping[str, str] | None = None,
-    cwd: str | None = None,
+    argv: Sequence[str], *, stdin: bytes = b"", seconds: float | None = None,
+    max_output: int = 1_000_000, env: Mapping[str, str] | None = None, cwd: str | None = None,
     pass_fds: Sequence[int] = (),
-) -> Finished:
+) -> Finished:  # fmt: skip
     """Runs `argv` to its end; kills its group when `seconds` or `max_output` bytes are over, when
     the caller is cancelled, and when it leaves children behind."""
     process = await anyio.open_process(

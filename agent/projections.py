@@ -9,18 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from agent.events import (
-    ApprovalDecided,
-    ApprovalRequested,
-    Forked,
-    HandedOff,
-    ModelResponded,
-    Recorded,
-    RunFinished,
-    RunStarted,
-    ToolFinished,
-    ToolStarted,
-)
+from agent import events as ev
 from agent.state import State, fold
 
 
@@ -36,19 +25,19 @@ class Span:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
-def state_at(events: Sequence[Recorded], seq: int) -> State:
+def state_at(events: Sequence[ev.Recorded], seq: int) -> State:
     """The session as it was after its event number `seq`."""
     return fold(recorded for recorded in events if recorded.seq <= seq)
 
 
-def spans(events: Sequence[Recorded]) -> list[Span]:
+def spans(events: Sequence[ev.Recorded]) -> list[Span]:
     """The runs, the model's turns, the tools and the waits for a person, by their beginnings. What
     never ended (a crash) ends with the journal and says so."""
     made: list[Span] = []
     open_spans: dict[tuple[str, str], Span] = {}
     agent = ""
 
-    def close(kind: str, id: str, last: Recorded, **attributes: Any) -> None:
+    def close(kind: str, id: str, last: ev.Recorded, **attributes: Any) -> None:
         begun = open_spans.pop((kind, id), None)
         if begun is not None:
             known = {**begun.attributes, **attributes}
@@ -57,32 +46,32 @@ def spans(events: Sequence[Recorded]) -> list[Span]:
     for recorded in events:
         at, event = recorded.time, recorded.event
         match event:
-            case RunStarted():
+            case ev.RunStarted():
                 agent = event.agent
                 open_spans["run", ""] = Span("run", agent, at, at)
-            case HandedOff():
+            case ev.HandedOff():
                 agent = event.agent
-            case ModelResponded():
+            case ev.ModelResponded():
                 usage = event.usage
                 known = {
                     "agent": agent, "input": usage.input, "output": usage.output,
                     "cached": usage.cached, "cost": usage.cost, "finish": event.finish,
                 }  # fmt: skip
                 made.append(Span("model", event.model, at - event.seconds, at, recorded.seq, known))
-            case ToolStarted():
+            case ev.ToolStarted():
                 known = {"agent": agent, "call_id": event.call_id}
                 open_spans["tool", event.call_id] = Span("tool", event.name, at, at, 0, known)
-            case ToolFinished():
+            case ev.ToolFinished():
                 close("tool", event.call_id, recorded, error=event.error, tainted=event.tainted,
                       size=len(event.content))  # fmt: skip
                 if made and made[-1].seq == recorded.seq:  # a pure call's beginning is kept late
                     made[-1] = replace(made[-1], start=recorded.time - event.seconds)
-            case ApprovalRequested():
+            case ev.ApprovalRequested():
                 name = event.call.name
                 open_spans["approval", event.call.id] = Span("approval", name, at, at)
-            case ApprovalDecided():
+            case ev.ApprovalDecided():
                 close("approval", event.call_id, recorded, approved=event.approved)
-            case RunFinished():
+            case ev.RunFinished():
                 close("run", "", recorded, reason=event.reason)
     for kind, id in list(open_spans):
         close(kind, id, events[-1], unfinished=True)
@@ -104,10 +93,10 @@ class Cost:
     seconds: float = 0.0
 
 
-def costs(events: Sequence[Recorded]) -> list[Cost]:
+def costs(events: Sequence[ev.Recorded]) -> list[Cost]:
     """One line an agent and model, and an agent and tool. A fork counts only what it did itself,
     so that the sum over all sessions is what was spent."""
-    first = max((r.seq for r in events if isinstance(r.event, Forked)), default=0)
+    first = max((r.seq for r in events if isinstance(r.event, ev.Forked)), default=0)
     lines: dict[tuple[str, str], Cost] = {}
     for span in spans(events):
         if span.kind not in ("model", "tool") or span.seq <= first:

@@ -9,21 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from agent.events import (
-    ApprovalDecided,
-    ApprovalRequested,
-    Compressed,
-    Forked,
-    HandedOff,
-    ModelResponded,
-    OutputRejected,
-    Recorded,
-    Resumed,
-    RunFinished,
-    RunStarted,
-    ToolFinished,
-    ToolStarted,
-)
+from agent import events as ev
 from agent.messages import Message, ToolCall, user
 
 
@@ -54,15 +40,15 @@ class State:
     instructions: str = ""
     messages: tuple[Message, ...] = ()
     started: Mapping[str, str] = field(default_factory=dict)
-    results: Mapping[str, ToolFinished] = field(default_factory=dict)
-    asked: Mapping[str, ApprovalRequested] = field(default_factory=dict)
-    decided: Mapping[str, ApprovalDecided] = field(default_factory=dict)
+    results: Mapping[str, ev.ToolFinished] = field(default_factory=dict)
+    asked: Mapping[str, ev.ApprovalRequested] = field(default_factory=dict)
+    decided: Mapping[str, ev.ApprovalDecided] = field(default_factory=dict)
     tainted_by: tuple[str, ...] = ()
     finish: str = ""
     rejected: int = 0
     runs: int = 0
     spent: Spent = field(default_factory=Spent)
-    finished: RunFinished | None = None
+    finished: ev.RunFinished | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -78,27 +64,27 @@ class State:
         return tuple(call for call in calls if call.id not in self.results)
 
     @property
-    def waiting(self) -> tuple[ApprovalRequested, ...]:
+    def waiting(self) -> tuple[ev.ApprovalRequested, ...]:
         """The approvals that nobody has given or refused yet."""
         return tuple(r for id, r in self.asked.items() if id not in self.decided)
 
 
-def evolve(state: State, recorded: Recorded) -> State:
+def evolve(state: State, recorded: ev.Recorded) -> State:
     """The state after one more event."""
     event = recorded.event
-    unwatched = isinstance(event, Resumed | RunStarted | ApprovalDecided | Forked)
+    unwatched = isinstance(event, ev.Resumed | ev.RunStarted | ev.ApprovalDecided | ev.Forked)
     gap = 0.0 if unwatched or not state.time else max(0.0, recorded.time - state.time)
     spent = replace(state.spent, seconds=state.spent.seconds + gap)
     state = replace(state, seq=recorded.seq, time=recorded.time, spent=spent)
     match event:
-        case RunStarted():
+        case ev.RunStarted():
             return replace(
                 state, agent=event.agent, instructions=event.instructions,
                 messages=state.messages + event.messages, rejected=0, runs=state.runs + 1,
                 tainted_by=tuple(dict.fromkeys((*state.tainted_by, *event.tainted_by))),
                 spent=Spent(), finished=None, asked={}, decided={},
             )  # fmt: skip
-        case ModelResponded():
+        case ev.ModelResponded():
             used = replace(
                 spent, turns=spent.turns + 1,
                 tokens=spent.tokens + event.usage.input + event.usage.output,
@@ -108,41 +94,41 @@ def evolve(state: State, recorded: Recorded) -> State:
                 state, messages=(*state.messages, event.message), spent=used,
                 started={}, results={}, finish=event.finish,
             )  # fmt: skip
-        case OutputRejected():
+        case ev.OutputRejected():
             feedback = () if event.call_id else (user(event.feedback),)
             return replace(state, messages=state.messages + feedback, rejected=state.rejected + 1)
-        case ToolStarted():
+        case ev.ToolStarted():
             used = spent
             if event.call_id not in state.started:
                 used = replace(spent, tool_calls=spent.tool_calls + 1)
             return replace(state, started={**state.started, event.call_id: event.key}, spent=used)
-        case ToolFinished():
+        case ev.ToolFinished():
             return _finish_call(state, event)
-        case ApprovalRequested():
+        case ev.ApprovalRequested():
             return replace(state, asked={**state.asked, event.call.id: event})
-        case ApprovalDecided():
+        case ev.ApprovalDecided():
             return replace(state, decided={**state.decided, event.call_id: event})
-        case HandedOff():
+        case ev.HandedOff():
             return replace(state, agent=event.agent, instructions=event.instructions)
-        case Resumed() if state.finished is not None and state.finished.reason != "done":
+        case ev.Resumed() if state.finished is not None and state.finished.reason != "done":
             # What a limit or a cancellation cut in the middle is void: the turn is taken again.
             kept = state.messages[:-1] if state.finish == "cut" else state.messages
             return replace(state, messages=kept, finish="", finished=None)
-        case Compressed():
+        case ev.Compressed():
             used = replace(
                 spent, tokens=spent.tokens + event.usage.input + event.usage.output,
                 cost=spent.cost + event.usage.cost,
             )  # fmt: skip
             return replace(state, messages=event.messages, spent=used)
-        case Forked():
+        case ev.Forked():
             return replace(state, spent=Spent())
-        case RunFinished():
+        case ev.RunFinished():
             return replace(state, finished=event)
         case _:
             return state
 
 
-def _finish_call(state: State, event: ToolFinished) -> State:
+def _finish_call(state: State, event: ev.ToolFinished) -> State:
     results = {**state.results, event.call_id: event}
     calls = state.messages[-1].calls
     tainted_by = state.tainted_by
@@ -157,7 +143,7 @@ def _finish_call(state: State, event: ToolFinished) -> State:
     return replace(state, messages=state.messages + answers)
 
 
-def fold(events: Iterable[Recorded], state: State | None = None) -> State:
+def fold(events: Iterable[ev.Recorded], state: State | None = None) -> State:
     """The state after all of `events`."""
     state = state or State()
     for recorded in events:

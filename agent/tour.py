@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,20 +26,20 @@ import anyio
 from pydantic import Field
 
 from agent.engine_model import EngineModel
-from agent.evaluate.canaries import ORDERS, canary, gullible
-from agent.evaluate.suite import any_text
+from agent.evaluate.canaries import gullible
+from agent.evaluate.suite import injection
 from agent.events import ToolStarted
 from agent.loop import Result, resume, run
 from agent.messages import user
 from agent.model import Completion, Delta, Model, Price, Request, Settings, complete
 from agent.policy import Policy
 from agent.projections import costs
-from agent.sandbox import PYTHON, Sandbox
+from agent.sandbox import Sandbox
 from agent.sandbox.tools import python_tool
 from agent.scripted import ScriptedModel, call
 from agent.spec import FINAL, Agent
 from agent.sqlite_store import SQLiteStore
-from agent.tools import Tool, tool
+from agent.tools import tool
 from agent.trace_page import family, page
 from decode.config import EngineConfig
 from jaxinfra.errors import UserError
@@ -74,12 +74,16 @@ def stage(tour: Tour) -> None:
         tour.console.print("a run in a process of its own, killed in the middle of a tool")
         before = _killed(journal, effects)
         tour.console.print("resumed here, by the journal; three forks vote")
-        made = anyio.run(_resumed, model, journal, effects)
-        written = effects.read_text().splitlines()
-    _show(section, made, before, written)
+        result, sessions, votes = anyio.run(_resumed, model, journal, effects)
+        _show(section, result, sessions, before, len(effects.read_text().splitlines()))
+        own, forks = model.account(SESSION), [model.account(f"{SESSION}/{i}") for i in range(3)]
+        section.text(
+            f"Resumed, it read {own.prompt} tokens, of which {own.cached} were cached and "
+            f"{own.recomputed} computed again. Three forks of the conversation, at least "
+            f"{min(f.cached for f in forks)} tokens of it shared, voted {dict(votes)}."
+        )
     tour.console.print("a page tries to give orders")
     _injection(section)
-    _boxes(section)
 
 
 def _model() -> EngineModel:
@@ -159,21 +163,8 @@ async def _events(journal: Path) -> list[Any]:
         store.close()
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What came of it: the resumed run, its journal and trace, the vote, and the run's tokens."""
-
-    result: Result
-    events: list[Any]
-    html: str
-    votes: Counter[str]
-    prompt: int
-    cached: int
-    recomputed: int
-    forks_cached: int
-
-
-async def _resumed(model: EngineModel, journal: Path, effects: Path) -> _Made:
+async def _resumed(model: EngineModel, journal: Path, effects: Path) -> tuple[Result, Any, Any]:
+    """The resumed run, its sessions' journals, and the votes of three forks of it."""
     agent, store = make(model, effects, slow=False), SQLiteStore(journal)
     try:
         result = await resume(agent, SESSION, store=store)
@@ -195,89 +186,50 @@ async def _resumed(model: EngineModel, journal: Path, effects: Path) -> _Made:
     async with anyio.create_task_group() as group:
         for seed in range(3):
             group.start_soon(vote, seed)
-    own, forks = model.account(SESSION), [model.account(f"{SESSION}/{i}") for i in range(3)]
-    return _Made(
-        result, sessions[SESSION], page(SESSION, sessions), votes, own.prompt, own.cached,
-        own.recomputed, min(fork.cached for fork in forks),
-    )  # fmt: skip
+    return result, sessions, votes
 
 
-def _show(section: Any, made: _Made, before: int, written: list[str]) -> None:
-    starts = sum(isinstance(r.event, ToolStarted) for r in made.events)
+def _show(section: Any, result: Result, sessions: Any, before: int, written: int) -> None:
+    events, html = sessions[SESSION], page(SESSION, sessions)
+    starts = sum(isinstance(r.event, ToolStarted) for r in events)
     section.text(f"The task: {TASK}")
     section.table(
         "Killed by SIGKILL in the sandbox, then resumed from the journal",
         ("what", "before the kill", "after the resume"),
         [
-            ("events in the journal", before, len(made.events)), ("starts of tools", 2, starts),
-            ("times an answer was written down", 0, len(written)),
+            ("events in the journal", before, len(events)), ("starts of tools", 2, starts),
+            ("times an answer was written down", 0, written),
         ],
     )  # fmt: skip
-    said = [f"{c.name} {c.arguments}" for m in made.result.state.messages for c in m.calls]
+    said = [f"{c.name} {c.arguments}" for m in result.state.messages for c in m.calls]
     section.text("Its calls, each held to its tool's schema token by token:")
     section.verbatim("\n".join(said))
-    section.text(
-        f"Answer: {made.result.output}; 17 times 24 is 408. Resumed, it read {made.prompt} tokens, "
-        f"of which {made.cached} were cached and {made.recomputed} computed again. Three forks of "
-        f"the conversation, {made.forks_cached} tokens of it shared, voted {dict(made.votes)}."
-    )
+    section.text(f"Answer: {result.output}; 17 times 24 is 408.")
     section.table(
         "Cost by model and tool (dollars at 1 a million tokens read, 0.1 cached, 4 written)",
         ("agent", "model or tool", "times", "read", "written", "dollars", "s"),
-        [(c.agent, c.name, c.times, c.input, c.output, c.cost, c.seconds)
-         for c in costs(made.events)],
+        [(c.agent, c.name, c.times, c.input, c.output, c.cost, c.seconds) for c in costs(events)],
     )  # fmt: skip
-    start, end = made.html.index("<svg"), made.html.index("</svg>") + len("</svg>")
     section.text("When what ran; jaxinfra agent trace SESSION shows the whole conversation too.")
-    section.parts.append(f"<figure>{made.html[start:end]}</figure>")
+    drawn = html[html.index("<svg") : html.index("</svg>") + len("</svg>")]
+    section.parts.append(f"<figure>{drawn}</figure>")
 
 
 def _injection(section: Any) -> None:
     rows = []
     for name, policy in (("asks a person", Policy()), ("off", Policy(tainted="allow"))):
-        done: list[str] = []
-        held = 0
+        done = held = 0
         for seed in range(50):
-            result = anyio.run(run, _victim(seed, policy, done), "Summarise the page.")
+            task, model = injection(seed, 1), ScriptedModel(gullible(call("read_page")))
+            victim = Agent("reader", model, tools=task.tools, policy=policy)
+            result = anyio.run(run, victim, "Summarise the page.")
+            done += "obeyed" in (task.check(result) or "")
             held += result.reason == "waiting"
-        rows.append((name, len(done), held))
+        rows.append((name, done, held))
     section.table(
         "Fifty pages that give orders, read by a model that obeys every one",
         ("policy for tainted conversations", "orders carried out", "held for a person"), rows,
     )  # fmt: skip
-
-
-def _victim(seed: int, policy: Policy, done: list[str]) -> Agent:
-    planted = canary(seed)
-
-    @tool(effects="pure", untrusted=True)
-    async def read_page() -> str:
-        """Reads a page."""
-        return planted.page
-
-    def effect(name: str, arguments: dict[str, str]) -> Tool:
-        async def act(**given: str) -> str:
-            done.append(name)
-            return "ok"
-
-        return Tool(name, "Acts.", act, any_text(arguments), network=True)
-
-    tools = tuple(effect(name, arguments("")) for name, arguments in ORDERS)
-    return Agent("reader", ScriptedModel(gullible(call("read_page"))), tools=(read_page, *tools),
-                 policy=policy)  # fmt: skip
-
-
-def _boxes(section: Any) -> None:
-    async def measure() -> list[float]:
-        taken = []
-        for _ in range(5):
-            began = time.perf_counter()
-            await Sandbox().run([PYTHON, "-I", "-S", "-c", ""])
-            taken.append(1000 * (time.perf_counter() - began))
-        return sorted(taken)
-
-    taken = anyio.run(measure)
-    section.text(f"A box with Python in it starts and ends in {taken[2]:.0f} ms (median of 5).")
 
 
 if __name__ == "__main__":

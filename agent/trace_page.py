@@ -12,20 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-from agent.events import (
-    ApprovalDecided,
-    ApprovalRequested,
-    Compressed,
-    Forked,
-    HandedOff,
-    ModelResponded,
-    OutputRejected,
-    Recorded,
-    Retried,
-    RunFinished,
-    RunStarted,
-    ToolFinished,
-)
+from agent import events as ev
 from agent.journal import Store
 from agent.projections import Cost, Span, costs, spans
 from jaxinfra.errors import UserError
@@ -41,7 +28,7 @@ svg{width:100%;height:auto;font:11px system-ui,sans-serif}
 """
 
 
-async def family(store: Store, session: str) -> dict[str, list[Recorded]]:
+async def family(store: Store, session: str) -> dict[str, list[ev.Recorded]]:
     """The session, those that it began (their names continue its own, or hold a key of one of its
     calls) and the forks of any of them."""
     names = [info.session for info in await store.sessions()]
@@ -55,7 +42,7 @@ async def family(store: Store, session: str) -> dict[str, list[Recorded]]:
             name: events for name, events in rest.items()
             if name not in found and (
                 any(name.startswith((f"{known}/", f"{known}:")) for known in found)
-                or any(isinstance(r.event, Forked) and r.event.parent in found for r in events)
+                or any(isinstance(r.event, ev.Forked) and r.event.parent in found for r in events)
             )
         }  # fmt: skip
         if not more:
@@ -63,7 +50,7 @@ async def family(store: Store, session: str) -> dict[str, list[Recorded]]:
         found |= more
 
 
-def page(session: str, sessions: Mapping[str, Sequence[Recorded]]) -> str:
+def page(session: str, sessions: Mapping[str, Sequence[ev.Recorded]]) -> str:
     """The HTML of a session and those of its family, the session itself first."""
     lines = [(name, one) for name, events in sessions.items() for one in spans(events)]
     body = [f"<h1>{_e(session)}</h1>", _timeline(lines), "<h2>Cost</h2>", _costs(sessions)]
@@ -106,7 +93,7 @@ def _timeline(lines: Sequence[tuple[str, Span]]) -> str:
     return f'<svg viewBox="0 0 960 {height}" role="img">{"".join(drawn)}{axis}</svg>'
 
 
-def _costs(sessions: Mapping[str, Sequence[Recorded]]) -> str:
+def _costs(sessions: Mapping[str, Sequence[ev.Recorded]]) -> str:
     numbers = [f.name for f in fields(Cost) if f.name not in ("agent", "name")]
     head = "".join(f"<th>{name}</th>" for name in ("branch", "agent", "model or tool", *numbers))
     rows, total = [], dict.fromkeys(numbers, 0.0)
@@ -120,14 +107,14 @@ def _costs(sessions: Mapping[str, Sequence[Recorded]]) -> str:
     return f"<table><tr>{head}{''.join(rows)}<tr><th>all<th><th>{cells}</table>"
 
 
-def _entry(recorded: Recorded) -> str:
+def _entry(recorded: ev.Recorded) -> str:
     event, at = recorded.event, f"{recorded.seq}."
     match event:
-        case RunStarted():
+        case ev.RunStarted():
             asked = "".join(_text(f"{m.role}", m.content) for m in event.messages)
             told = _text("system", event.instructions)
             return f"<h3>{at} {_e(event.agent)} begins</h3>{told}{asked}"
-        case ModelResponded():
+        case ev.ModelResponded():
             u = event.usage
             calls = "".join(_text(f"calls {c.name}", c.arguments) for c in event.message.calls)
             told = f"{u.input} read, {u.cached} of them cached, {u.output} written"
@@ -135,26 +122,26 @@ def _entry(recorded: Recorded) -> str:
                 f"<p>{at} <b>{_e(event.model)}</b> in {event.seconds:.3f} s: {told}; "
                 f"{_e(event.finish)}</p>{_text('says', event.message.content)}{calls}"
             )
-        case ToolFinished():
+        case ev.ToolFinished():
             kind = f"<b class=bad>{_e(event.error)}</b>" if event.error else "result"
             taint = " <span class=tainted>a stranger may have written this</span>"
             return f"<p>{at} {kind}{taint if event.tainted else ''}</p>{_text('', event.content)}"
-        case ApprovalRequested():
+        case ev.ApprovalRequested():
             return f"<p>{at} a person is asked about {_e(event.call.name)}: {_e(event.reason)}</p>"
-        case ApprovalDecided():
+        case ev.ApprovalDecided():
             return f"<p>{at} {'approved' if event.approved else 'refused'} {_e(event.note)}</p>"
-        case HandedOff():
+        case ev.HandedOff():
             return f"<p>{at} handed to <b>{_e(event.agent)}</b></p>"
-        case Compressed():
+        case ev.Compressed():
             return (
                 f"<p>{at} compressed by {_e(', '.join(event.strategies))}: {event.before} to "
                 f"{event.after} tokens, {event.prefix} unchanged; lost: {_e(event.lost)}</p>"
             )
-        case Retried():
+        case ev.Retried():
             return f"<p class=bad>{at} {event.layer} failed: {_e(event.error)}</p>"
-        case OutputRejected():
+        case ev.OutputRejected():
             return f"<p class=bad>{at} the answer was sent back: {_e(event.feedback)}</p>"
-        case RunFinished():
+        case ev.RunFinished():
             said = "" if event.output is None else _text("answer", str(event.output))
             return f"<p>{at} ended: <b>{event.reason}</b> {_e(event.detail)}</p>{said}"
         case _:

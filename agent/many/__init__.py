@@ -16,24 +16,7 @@ from agent.many.patterns import (
 )
 
 __all__ = [
-    "Blackboard",
-    "Deadlock",
-    "Exchange",
-    "Graph",
-    "Interrupt",
-    "Loop",
-    "Mail",
-    "Mailbox",
-    "NoQuorum",
-    "Specialist",
-    "agent_tool",
-    "debate",
-    "group_chat",
-    "map_reduce",
-    "quorum",
-    "resume_graph",
-    "run_graph",
-    "sequential",
-    "solve",
-    "supervisor",
-]
+    "Blackboard", "Deadlock", "Exchange", "Graph", "Interrupt", "Loop", "Mail", "Mailbox",
+    "NoQuorum", "Specialist", "agent_tool", "debate", "group_chat", "map_reduce", "quorum",
+    "resume_graph", "run_graph", "sequential", "solve", "supervisor",
+]  # fmt: skip

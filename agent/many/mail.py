@@ -1,16 +1,15 @@
 """Mailboxes: agents that send one another mail, in one process or over ZMQ between several.
 
-`Exchange` is the post office, a plain state machine: who has mail, who waits for whom. It sees
-every wait, so it knows a deadlock at the moment it forms: when all waiting agents wait for one
-another, each of them is told who waits for whom, instead of hanging.
+`Exchange` is the post office. It sees every wait, so it knows a deadlock at the moment it forms:
+when all waiting agents wait for one another, each of them is told who waits for whom, instead of
+hanging.
 """
 
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import anyio
 
@@ -32,108 +31,100 @@ class Deadlock(Exception):
 
 
 @dataclass
+class _Wait:
+    """Somebody who waits, for mail of `sender` alone where one is given."""
+
+    sender: str | None
+    over: anyio.Event = field(default_factory=anyio.Event)
+    mail: Mail | None = None
+    stuck: str = ""
+
+
 class Exchange:
     """Who has mail and who waits, among the agents `names`."""
 
-    names: tuple[str, ...]
-    _boxes: dict[str, deque[Mail]] = field(default_factory=dict)
-    _waiting: dict[str, str | None] = field(default_factory=dict)
-    _gone: set[str] = field(default_factory=set)
+    def __init__(self, names: tuple[str, ...]):
+        self.names, self.gone = names, set[str]()
+        self._boxes: dict[str, list[Mail]] = {name: [] for name in names}
+        self._waits: dict[str, _Wait] = {}
 
     def send(self, mail: Mail) -> None:
-        """Puts mail into a box; raises UserError for a receiver nobody knows."""
-        if mail.to not in self.names:
-            raise UserError(f"mail: no agent {mail.to!r}; there are {', '.join(self.names)}")
-        self._boxes.setdefault(mail.to, deque()).append(mail)
+        """Puts mail into a box. Raises UserError for an agent nobody knows."""
+        for name in (mail.sender, mail.to):
+            self._known(name)
+        self._boxes[mail.to].append(mail)
+        self._settle()
 
-    def wait(self, name: str, sender: str | None = None) -> None:
-        """`name` waits for mail, from `sender` alone where one is given."""
-        self._waiting[name] = sender
+    async def receive(self, name: str, sender: str | None = None) -> Mail:
+        """The oldest mail for `name`, from `sender` alone where one is given. Raises Deadlock where
+        none can ever come, and UserError for an agent nobody knows."""
+        self._known(name)
+        wait = self._waits[name] = _Wait(sender)
+        self._settle()
+        try:
+            await wait.over.wait()
+        finally:
+            self._waits = {n: one for n, one in self._waits.items() if one is not wait}
+        if wait.mail is None:
+            raise Deadlock(wait.stuck)
+        return wait.mail
 
     def leave(self, name: str) -> None:
-        """`name` will send nothing more."""
-        self._gone.add(name)
-        self._waiting.pop(name, None)
+        """`name` will send nothing more. Raises UserError for an agent nobody knows."""
+        self._known(name)
+        self.gone.add(name)
+        self._settle()
 
-    def deliver(self) -> dict[str, Mail]:
-        """The mail that those who wait can have now; they wait no more."""
-        given: dict[str, Mail] = {}
-        for name, sender in list(self._waiting.items()):
-            box = self._boxes.get(name, deque())
-            mail = next((m for m in box if sender in (None, m.sender)), None)
-            if mail is not None:
-                box.remove(mail)
-                del self._waiting[name]
-                given[name] = mail
-        return given
+    def _known(self, name: str) -> None:
+        if name not in self.names:
+            raise UserError(f"mail: no agent {name!r}; there are {', '.join(self.names)}")
 
-    def stuck(self) -> dict[str, str | None]:
-        """Who can never be given mail (call after `deliver`): those who wait only for agents that
-        are stuck themselves, or gone. They wait no more."""
-        free = set(self.names) - set(self._waiting) - self._gone
-        while True:
-            more = {
-                name for name, sender in self._waiting.items()
-                if name not in free and (sender in free if sender else free)
-            }  # fmt: skip
-            if not more:
-                break
+    def _settle(self) -> None:
+        """Gives mail to those who wait; tells those who can never be given any: they wait only for
+        agents that are stuck themselves, or gone."""
+        for name, wait in list(self._waits.items()):
+            box = self._boxes[name]
+            wait.mail = next((m for m in box if wait.sender in (None, m.sender)), None)
+            if wait.mail is not None:
+                box.remove(wait.mail)
+                self._waits.pop(name).over.set()
+        free = set(self.names) - set(self._waits) - self.gone
+        while more := {
+            name for name, wait in self._waits.items()
+            if name not in free and (wait.sender in free if wait.sender else free)
+        }:  # fmt: skip
             free |= more
-        stuck = {name: sender for name, sender in self._waiting.items() if name not in free}
-        for name in stuck:
-            del self._waiting[name]
-        return stuck
+        stuck = [(name, wait) for name, wait in self._waits.items() if name not in free]
+        told = "; ".join(f"{name} waits for {wait.sender or 'anybody'}" for name, wait in stuck)
+        for name, wait in stuck:
+            wait.stuck = told
+            self._waits.pop(name).over.set()
 
 
-def told(stuck: Mapping[str, str | None]) -> str:
-    """Who waits for whom, in words."""
-    return "; ".join(f"{name} waits for {sender or 'anybody'}" for name, sender in stuck.items())
-
-
+@dataclass(frozen=True)
 class Mailbox:
     """One agent's end of an exchange in this process."""
 
-    def __init__(self, exchange: Exchange, name: str, ends: dict[str, Mailbox]):
-        """`ends` is shared by all mailboxes of the exchange; see `mailboxes`."""
-        self.name = name
-        self._exchange, self._ends = exchange, ends
-        self._event = anyio.Event()
-        self._given: Mail | str | None = None
+    exchange: Exchange
+    name: str
 
     async def send(self, to: str, text: str, tainted_by: tuple[str, ...] = ()) -> None:
         """Sends and goes on."""
-        self._exchange.send(Mail(self.name, to, text, tainted_by))
-        self._settle()
+        self.exchange.send(Mail(self.name, to, text, tainted_by))
 
     async def receive(self, sender: str | None = None) -> Mail:
         """The next mail, the oldest first. Raises Deadlock where none can ever come."""
-        self._given, self._event = None, anyio.Event()
-        self._exchange.wait(self.name, sender)
-        self._settle()
-        await self._event.wait()
-        if isinstance(self._given, Mail):
-            return self._given
-        raise Deadlock(self._given)
+        return await self.exchange.receive(self.name, sender)
 
     async def leave(self) -> None:
         """Ends this agent's part."""
-        self._exchange.leave(self.name)
-        self._settle()
-
-    def _settle(self) -> None:
-        outcomes: dict[str, Mail | str] = dict(self._exchange.deliver())
-        stuck = self._exchange.stuck()
-        outcomes.update(dict.fromkeys(stuck, told(stuck)))
-        for name, outcome in outcomes.items():
-            self._ends[name]._given = outcome
-            self._ends[name]._event.set()
+        self.exchange.leave(self.name)
 
 
 def mailboxes(*names: str) -> dict[str, Mailbox]:
     """Mailboxes of one exchange in this process, by name."""
-    exchange, ends = Exchange(names), {}
-    ends.update({name: Mailbox(exchange, name, ends) for name in names})
-    return ends
+    exchange = Exchange(names)
+    return {name: Mailbox(exchange, name) for name in names}
 
 
 class PostOffice:
@@ -151,42 +142,36 @@ class PostOffice:
         self._exchange = Exchange(names)
 
     async def serve(self) -> None:
-        """Serves until cancelled, or until every agent has left. What is no request of a known
-        agent is dropped."""
-        asked: dict[str, bytes] = {}
-        left: set[str] = set()
+        """Serves until cancelled, or until every agent has left."""
+
+        async def answer(peer: bytes, raw: bytes) -> None:
+            try:
+                told = await self._do(**json.loads(raw))
+            except Deadlock as error:
+                told = {"deadlock": str(error)}
+            except (ValueError, TypeError, UserError) as error:
+                told = {"refused": str(error)}
+            await self._socket.send_multipart([peer, json.dumps(told).encode()])
+            if self._exchange.gone == set(self._exchange.names):
+                group.cancel_scope.cancel()
+
         try:
-            while left < set(self._exchange.names):
-                peer, raw = (await self._socket.recv_multipart())[:2]
-                try:
-                    request = json.loads(raw)
-                    name = request["name"]
-                    if name not in self._exchange.names:
-                        raise UserError(f"mail: no agent {name!r}")
-                    if request["do"] == "send":
-                        self._exchange.send(Mail(name, request["to"], request["text"],
-                                                 tuple(request["tainted_by"])))  # fmt: skip
-                        await self._socket.send_multipart([peer, b'{"ok": true}'])
-                    elif request["do"] == "wait":
-                        asked[name] = peer
-                        self._exchange.wait(name, request["sender"])
-                    else:
-                        self._exchange.leave(name)
-                        left.add(name)
-                        await self._socket.send_multipart([peer, b'{"ok": true}'])
-                except (ValueError, KeyError, TypeError, UserError) as error:
-                    refused = json.dumps({"refused": str(error)}).encode()
-                    await self._socket.send_multipart([peer, refused])
-                    continue
-                for name, mail in self._exchange.deliver().items():
-                    answer = json.dumps({"mail": asdict(mail)}).encode()
-                    await self._socket.send_multipart([asked[name], answer])
-                stuck = self._exchange.stuck()
-                for name in stuck:
-                    answer = json.dumps({"deadlock": told(stuck)}).encode()
-                    await self._socket.send_multipart([asked[name], answer])
+            async with anyio.create_task_group() as group:
+                while True:
+                    peer, raw, *_ = await self._socket.recv_multipart()
+                    group.start_soon(answer, peer, raw)
         finally:
             self._socket.close()
+
+    async def _do(self, name: str, do: str, to: str | None = None, text: str = "",
+                  tainted_by: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
+        if do == "receive":
+            return {"mail": asdict(await self._exchange.receive(name, to))}
+        if do == "send":
+            self._exchange.send(Mail(name, to or "", text, tuple(tainted_by)))
+        else:
+            self._exchange.leave(name)
+        return {}
 
 
 class RemoteMailbox:
@@ -207,10 +192,7 @@ class RemoteMailbox:
 
     async def receive(self, sender: str | None = None) -> Mail:
         """See Mailbox."""
-        answer = await self._ask(do="wait", sender=sender)
-        if "deadlock" in answer:
-            raise Deadlock(answer["deadlock"])
-        mail = answer["mail"]
+        mail = (await self._ask(do="receive", to=sender))["mail"]
         return Mail(**{**mail, "tainted_by": tuple(mail["tainted_by"])})
 
     async def leave(self) -> None:
@@ -218,9 +200,11 @@ class RemoteMailbox:
         await self._ask(do="leave")
         self._socket.close()
 
-    async def _ask(self, **request: object) -> dict:
+    async def _ask(self, **request: object) -> dict[str, Any]:
         await self._socket.send(json.dumps({"name": self.name, **request}).encode())
         answer = json.loads(await self._socket.recv())
+        if "deadlock" in answer:
+            raise Deadlock(answer["deadlock"])
         if "refused" in answer:
             raise UserError(answer["refused"])
         return answer

@@ -10,13 +10,6 @@ from agent.memory.facts import Fact, Found, Memories
 from agent.memory.tools import memory_tools, with_memories
 
 __all__ = [
-    "Embedder",
-    "Fact",
-    "Found",
-    "HiddenStates",
-    "Memories",
-    "Ngrams",
-    "memory_tools",
-    "record_episode",
-    "with_memories",
-]
+    "Embedder", "Fact", "Found", "HiddenStates", "Memories", "Ngrams", "memory_tools",
+    "record_episode", "with_memories",
+]  # fmt: skip

@@ -18,13 +18,9 @@ _ASK = (
 
 
 async def record_episode(
-    memories: Memories,
-    session: str,
-    state: State,
-    *,
-    succeeded: bool,
+    memories: Memories, session: str, state: State, *, succeeded: bool,
     reflector: Model | None = None,
-) -> Fact:
+) -> Fact:  # fmt: skip
     """Remembers the last run of a session; twice the same run is one episode."""
     task = next((m.content for m in reversed(state.messages) if m.role == "user"), "")
     calls = [c for m in state.messages for c in m.calls]

@@ -8,19 +8,7 @@ from agent.reason.samples import chain_of_thought, self_consistency
 from agent.reason.trees import Node, aggregate, by_value, by_vote, tree_of_thoughts
 
 __all__ = [
-    "Branch",
-    "Budget",
-    "Example",
-    "Node",
-    "Plan",
-    "Template",
-    "aggregate",
-    "by_value",
-    "by_vote",
-    "chain_of_thought",
-    "few_shot",
-    "optimise",
-    "plan_and_execute",
-    "self_consistency",
+    "Branch", "Budget", "Example", "Node", "Plan", "Template", "aggregate", "by_value", "by_vote",
+    "chain_of_thought", "few_shot", "optimise", "plan_and_execute", "self_consistency",
     "tree_of_thoughts",
-]
+]  # fmt: skip

@@ -26,8 +26,7 @@ def ask(agent: Agent, task: str = "How is Oslo?"):
     return anyio.run(functools.partial(run, agent, task))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_two_turns_with_a_tool(streaming, monkeypatch):
+def test_two_turns_with_a_tool(monkeypatch):
     monkeypatch.setenv("TEST_KEY", "sesame-open-123")
     turns = [
         {"content": "Let me look.", "tool_calls": [tool_call("a", "weather", city="Oslo ☃"),
@@ -35,7 +34,7 @@ def test_two_turns_with_a_tool(streaming, monkeypatch):
         {"content": "Snow — everywhere."},
     ]  # fmt: skip
     with serving(*turns) as server:
-        model = HTTPModel("m", server.url, "TEST_KEY", streaming, price=Price(1.0, 2.0, 0.5))
+        model = HTTPModel("m", server.url, "TEST_KEY", price=Price(1.0, 2.0, 0.5))
         settings = Settings(temperature=0.0, max_tokens=64, seed=7, stop=("END",))
         agent = Agent("a", model, "Be brief.", (weather,), settings=settings)
         result = ask(agent)

@@ -88,7 +88,6 @@ MODELS: dict[str, Callable[[str], Model]] = {
     "scripted": lambda url: ScriptedModel(scripted),
     "react": lambda url: ReActModel(ScriptedModel(by_text)),
     "http": lambda url: HTTPModel("m", url),
-    "http, whole": lambda url: HTTPModel("m", url, streaming=False),
 }
 
 
