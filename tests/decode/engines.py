@@ -7,6 +7,7 @@ import numpy as np
 
 from decode.config import EngineConfig
 from decode.engine import Engine
+from decode.request import Request, SamplingParams
 from decode.runner import Runner
 from jaxinfra.generate import generate
 from jaxinfra.model import cache as kv
@@ -23,6 +24,8 @@ TOKENIZER = Tokenizer.byte_level()
 SMALL = EngineConfig(
     max_len=96, page_size=8, pages=18, max_running=4, budget=20, steps=3, draft=4
 )  # fmt: skip
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+DRAWN = SamplingParams(max_tokens=16, seed=7, logprobs=3, ignore_eos=True)
 
 
 @functools.cache
@@ -75,6 +78,22 @@ def logits(tokens):
     padded = np.zeros((1, 128), np.int32)
     padded[0, : len(tokens)] = tokens
     return np.asarray(_logits()(params(), padded))[: len(tokens)]
+
+
+def requests(prompts, params=GREEDY):
+    """One for each prompt, named by its place."""
+    return [Request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+
+
+def whole(engine):
+    """Asserts that nothing runs, and every page is free or cached, once."""
+    assert not engine.has_work() and not engine._answers and not engine._keys and not engine._ids
+    engine.pool.check()
+    stats = engine.stats()
+    assert stats.pages_used == 0 and stats.running == stats.waiting == 0
+    if engine.cache:
+        engine.cache.clear()
+    assert engine.pool.free == len(engine.pool.holders)
 
 
 def run(engine, requests, each=lambda outputs: None):
