@@ -123,6 +123,15 @@ class Runner:
         """Whether all shapes are compiled."""
         return len(self._programs) == self.programs
 
+    @property
+    def pool(self) -> tuple[forward.LayerPages, ...]:
+        """The pages of every layer. A step donates them; set them between two steps, in kind."""
+        return self._state.pool
+
+    @pool.setter
+    def pool(self, pool: tuple[forward.LayerPages, ...]) -> None:
+        self._state = replace(self._state, pool=pool)
+
     def finish(self) -> None:
         """Waits until every program is compiled. Raises what the compiler raised last."""
         self._thread.join()
