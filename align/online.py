@@ -99,7 +99,9 @@ def _in_words(config: OnlineConfig, start: Model) -> Setting:
         task = task.easy()
     if not tokenizer.eos_ids:
         raise UserError(f"{config.method}: {config.finetune} names no token that ends an answer")
-    problems, answers = task.problems(config.problems, tokenizer, seed=config.seed)
+    problems, answers = task.problems(
+        config.problems, tokenizer, seed=config.seed, examples=config.examples
+    )
     return Setting(
         problems, None, lambda: task.reward(answers, tokenizer), tokenizer.decode, start.config,
         dataclasses.replace(config.rl, stop_id=tokenizer.eos_ids[0]), jnp.dtype(config.dtype),

@@ -44,8 +44,10 @@ class OnlineConfig:
     """A model's folder to begin with; by default a policy of two layers with a warm start."""
     finetune: str | None = None
     """A model that speaks, by short name, Hugging Face id, folder or .gguf file: the task is put to
-    it in words and its text is scored (chain_sum or spell_backward; answers of rl.max_new_tokens
-    tokens; every loop but jit)."""
+    it in words and its text is scored (chain_sum, products or spell_backward; answers of
+    rl.max_new_tokens tokens; every loop but jit)."""
+    examples: int = 0
+    """Of finetune: problems with their answers that stand before each question."""
     warm_steps: int = 200
     """Steps of supervised learning before the first reward, where there is no `policy`."""
     problems: int = 4096
@@ -80,7 +82,7 @@ class OnlineConfig:
         for name in ("problems", "steps", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{self.method}: {name}={getattr(self, name)}: give 1 or more")
-        for name in ("warm_steps", "records"):
+        for name in ("warm_steps", "records", "examples"):
             if getattr(self, name) < 0:
                 raise UserError(f"{self.method}: {name} may not be negative")
         if self.rl.algorithm not in self.algorithms:
@@ -99,6 +101,8 @@ class OnlineConfig:
             raise UserError(f"{self.method}: a step in one program keeps no records: --loop host")
         if self.finetune is not None and self.policy is not None:
             raise UserError(f"{self.method}: policy and finetune are two models to begin with")
+        if self.examples and self.finetune is None:
+            raise UserError(f"{self.method}: examples are words: give a model to --finetune")
         if self.finetune is not None and self.loop == "jit":
             raise UserError(f"{self.method}: text is scored on the host: add --loop host")
         if self.loop in ("live", "replay"):

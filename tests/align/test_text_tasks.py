@@ -23,11 +23,14 @@ from jaxinfra.train.metrics import read_metrics
 from jaxinfra.weights import safetensors
 
 TOKENIZER = Tokenizer.byte_level()
+NUMBERS = ["", "7", " 7\n", "07", "7.0", "the answer is 7", "-7", "77", "1,000", "seven"]
 SAID = {
-    "chain_sum": ["", "7", " 7\n", "07", "7.0", "the answer is 7", "-7", "77", "1,000", "seven"],
+    "chain_sum": NUMBERS,
+    "products": NUMBERS,
     "spell_backward": ["", "sun", "Sun", "su", "sunny", "nus", "sxn", "xsun", " sun "],
 }
-ANSWER = {"chain_sum": "7", "spell_backward": "sun"}
+ANSWER = {"chain_sum": "7", "products": "7", "spell_backward": "sun"}
+TINY = {"chain_sum": "1-2=", "products": "1*2=", "spell_backward": "abc="}
 
 
 @pytest.mark.parametrize("name", sorted(TEXT_TASKS))
@@ -37,13 +40,30 @@ def test_scores_and_questions_are_reasoning_gyms(name):
     for said in SAID[name]:
         want = gym.score_answer(said.strip(), {"answer": ANSWER[name]})
         assert task.score(said, ANSWER[name]) == pytest.approx(want), said
-    begin = task.ask("1-2=" if name == "chain_sum" else "abc=")
-    assert gym[0]["question"].split(":")[0] == begin.split(":")[0]
+    question, begin = gym[0]["question"], task.ask(TINY[name])
+    assert question.split(":")[0] == begin.split(":")[0]
+    assert question.partition(".")[2] == begin.partition(".")[2]
     rng = np.random.default_rng(0)
     for _ in range(50):
         prompt, answer, _ = task.draw(rng)
-        said = task.ask(prompt).rpartition(":")[2].strip(" =")
-        assert answer == (str(eval(said)) if name == "chain_sum" else said[::-1])
+        said = task.ask(prompt).rpartition(":")[2].partition(".")[0].strip(" =")
+        assert answer == (said[::-1] if name == "spell_backward" else str(eval(said)))
+
+
+def test_examples_stand_before_each_question_and_are_never_asked():
+    task = TEXT_TASKS["products"].easy()
+    shown = task.examples(3)
+    problems, answers = task.problems(300, TOKENIZER, seed=1, examples=3)
+    plain, _ = task.problems(300, TOKENIZER, seed=1)
+    texts = [TOKENIZER.decode(row[:n]) for row, n in
+             zip(problems["prompts"], problems["lengths"], strict=True)]  # fmt: skip
+    begin = "".join(f"{task.ask(prompt)} {answer}\n" for prompt, answer in shown.items())
+    assert all(text.startswith(begin) for text in texts)
+    asked = {text.removeprefix(begin) for text in texts}
+    assert len(shown) == 3 and not asked & {task.ask(prompt) for prompt in shown}
+    assert any(TOKENIZER.decode(row[:n]) in map(task.ask, shown) for row, n in
+               zip(plain["prompts"], plain["lengths"], strict=True))  # fmt: skip
+    assert answers[0] == str(eval(texts[0].rpartition(":")[2].partition(".")[0]))
 
 
 def test_the_reward_reads_each_answers_own_problem():
@@ -68,7 +88,7 @@ def test_the_reward_reads_each_answers_own_problem():
 def test_a_model_that_speaks_is_finetuned_by_the_reward_of_its_text(tmp_path):
     model = ModelConfig(
         family="llama", vocab_size=320, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1,
-        head_dim=8, d_ff=24, tie_embeddings=True, max_seq_len=128, eos_ids=(257,),
+        head_dim=8, d_ff=24, tie_embeddings=True, max_seq_len=256, eos_ids=(257,),
     )  # fmt: skip
     TOKENIZER.save(tmp_path / "words")
     safetensors.save(
@@ -78,7 +98,7 @@ def test_a_model_that_speaks_is_finetuned_by_the_reward_of_its_text(tmp_path):
     rl = RLConfig(prompts=2, group_size=2, max_new_tokens=4)
     config = GRPO(
         finetune=str(tmp_path / "start"), loop="host", steps=2, problems=4, rl=rl, records=1,
-        out=tmp_path / "run",
+        examples=1, out=tmp_path / "run",
     )  # fmt: skip
     state = online.train(config, Console(file=io.StringIO()))
     assert int(state.step) == 2
@@ -86,6 +106,8 @@ def test_a_model_that_speaks_is_finetuned_by_the_reward_of_its_text(tmp_path):
     assert [row["step"] for row in rows] == [1, 2] and "rewards/chain_sum/mean" in rows[0]
     again = load(tmp_path / "run" / "model")
     assert again.tokenizer.decode(TOKENIZER.encode("7")) == "7"
+    with pytest.raises(UserError, match="give a model to --finetune"):
+        GRPO(examples=2)
     with pytest.raises(UserError, match="add --loop host"):
         GRPO(finetune="smollm2-135m")
     with pytest.raises(UserError, match="in words: choose one of"):
