@@ -1,12 +1,14 @@
 """The engine on one GPU: Qwen3-0.6B's shape, random weights, bfloat16.
 
-    python -m benchmarks.engine_gpu            # about eight minutes on one H200, cold
+    python -m benchmarks.engine_gpu            # about ten minutes on one H200, cold
+    python -m benchmarks.engine_gpu single     # one of the loads
 
 Two loads, each in processes of their own. `workload` is nano-vllm's (its bench.py): 256 requests at
 once, seed 0, 142,827 tokens of prompts and 133,966 to answer at temperature 0.6, none ends early.
 `single` is one request, a prompt of 128 and 512 greedy tokens. Rates are output tokens over the
 wall from the first request handed over to the last token; compilation and one warm-up turn are
-outside it, and told apart.
+outside it, and told apart. Transformers' continuous batching has its turns behind ours, in the same
+run (`benchmarks.engine_gpu_peer`).
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ import time
 from statistics import median
 from typing import Any
 
+from benchmarks.turns import Contestant
 from jaxinfra.measure import Entry, environment, write
+from jaxinfra.measure.compare import ratio_interval
 from jaxinfra.model.presets import PRESETS
 
-MODEL, ROUNDS = "qwen3-0.6b", 3
+MODEL, ROUNDS, PEER = "qwen3-0.6b", 3, "transformers, continuous batching"
 CONFIG = PRESETS[MODEL]
 PROMPT, NEW_TOKENS = 128, 512
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
@@ -37,6 +41,14 @@ def workload() -> list[tuple[list[int], int]]:
         [random.randint(0, 10000) for _ in range(random.randint(100, 1024))] for _ in range(256)
     ]
     return [(prompt, random.randint(100, 1024)) for prompt in prompts]
+
+
+def asked(load: str) -> list[tuple[list[int], int]]:
+    """Prompts of a load and how many tokens to answer."""
+    if load == "workload":
+        return workload()
+    random.seed(1)
+    return [([random.randint(0, 10000) for _ in range(PROMPT)], NEW_TOKENS)]
 
 
 def kernels(engine: Any, requests: list[Any]) -> None:
@@ -82,12 +94,9 @@ def ours(load: str, profiled: bool = False, **changes: Any) -> dict[str, Any]:
     from jaxinfra.model.params import init
 
     if load == "workload":
-        asked = workload()
         size = {"max_len": 2048, "max_running": 256, "budget": 4096, "pages": 320_000 // 16}
         params = {"temperature": 0.6, "ignore_eos": True}
     else:
-        random.seed(1)
-        asked = [([random.randint(0, 10000) for _ in range(PROMPT)], NEW_TOKENS)]
         size = {"max_len": 1024, "max_running": 1, "budget": 256, "pages": 128}
         params = {"temperature": 0.0, "ignore_eos": True}
     weights = jax.jit(lambda key: unstack(init(key, CONFIG, jnp.bfloat16), CONFIG))(
@@ -107,7 +116,7 @@ def ours(load: str, profiled: bool = False, **changes: Any) -> dict[str, Any]:
         start = time.perf_counter()
         requests = [
             Request(str(i), tuple(prompt), SamplingParams(max_tokens=tokens, seed=i, **params))
-            for i, (prompt, tokens) in enumerate(asked)
+            for i, (prompt, tokens) in enumerate(asked(load))
         ]
         first = None
         for output in engine.generate(requests):
@@ -116,7 +125,7 @@ def ours(load: str, profiled: bool = False, **changes: Any) -> dict[str, Any]:
         end = time.perf_counter()
         stats = engine.stats()
         steps = stats.steps - before.steps
-        assert count == sum(tokens for _, tokens in asked), count
+        assert count == sum(tokens for _, tokens in asked(load)), count
         answering = end - (first or start)
         return {
             "rate": count / (end - start), "after_first": (count - 1) / answering,
@@ -129,7 +138,7 @@ def ours(load: str, profiled: bool = False, **changes: Any) -> dict[str, Any]:
     if profiled:
         requests = [
             Request(str(i), tuple(prompt), SamplingParams(max_tokens=tokens, seed=i, **params))
-            for i, (prompt, tokens) in enumerate(asked)
+            for i, (prompt, tokens) in enumerate(asked(load))
         ]
         kernels(engine, requests)
     return {
@@ -151,22 +160,39 @@ def run(env: dict[str, str], *argument: Any) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def main() -> None:
+def peer(load: str) -> list[float]:
+    """Rates of transformers' turns; none where it fails, which is told."""
+    contestant = Contestant("benchmarks.engine_gpu_peer", load)
+    try:
+        return [contestant.turn()["rate"] for _ in range(ROUNDS)]
+    except RuntimeError as error:
+        print(f"{PEER}: {error}", flush=True)
+        return []
+    finally:
+        contestant.close()
+
+
+def main(loads: list[str]) -> None:
     """Every variant, a line each, and the ledger's entries."""
     with tempfile.TemporaryDirectory() as cache:
         kept = {
             "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"
         }  # fmt: skip
-        for name, env, load in (
-            ("single", kept, "single"),
-            ("single, from the cache", kept, "single"),
-            ("single, no command buffers", {"XLA_FLAGS": NO_GRAPHS}, "single"),
-            ("workload", kept, "workload"),
-        ):
-            made = run(env, load, {})
-            print(name, told(made), flush=True)
-            if "failed" not in made and name == load:
-                write(entry(load, made), os.environ.get("OUT", "benchmarks/results"))
+        variants = {
+            "single": [
+                ("single", kept), ("single, from the cache", kept),
+                ("single, no command buffers", {"XLA_FLAGS": NO_GRAPHS}),
+            ],
+            "workload": [("workload", kept)],
+        }  # fmt: skip
+        for load in loads:
+            for name, env in variants[load]:
+                made = run(env, load, {})
+                print(name, told(made), flush=True)
+                if "failed" not in made and name == load:
+                    rates = peer(load)
+                    print(f"{PEER}: {[round(rate) for rate in rates]} tokens/s", flush=True)
+                    write(entry(load, made, rates), os.environ.get("OUT", "benchmarks/results"))
 
 
 def told(made: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +208,7 @@ CLAIMS = {
 }
 
 
-def entry(load: str, made: dict[str, Any]) -> Entry:
+def entry(load: str, made: dict[str, Any], theirs: list[float]) -> Entry:
     """The ledger's entry of a load."""
     rates = [turn["rate"] for turn in made["turns"]]
     at_best = 38_100 if load == "workload" else made["bandwidth"] / made["weights"]
@@ -191,9 +217,11 @@ def entry(load: str, made: dict[str, Any]) -> Entry:
         claim=f"The engine: {CLAIMS[load]}; Qwen3-0.6B's shape, bfloat16, one GPU",
         command="python -m benchmarks.engine_gpu",
         unit="tokens/s",
-        samples={"jaxinfra": rates},
-        ratio=None,
-        interval=None,
+        samples={"jaxinfra": rates} | ({PEER: theirs} if theirs else {}),
+        ratio=median(rates) / median(theirs) if theirs else None,
+        interval=ratio_interval(tuple(1 / r for r in rates), tuple(1 / r for r in theirs))
+        if theirs
+        else None,
         roofline=median(rates) / at_best,
         roof="38,100 tokens/s: all weights and all keys and values of each step at 4.3 TB/s"
         if load == "workload"
@@ -209,8 +237,8 @@ def entry(load: str, made: dict[str, Any]) -> Entry:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:] and sys.argv[1] not in CLAIMS:
         load, changes = json.loads(sys.argv[1])
         print(json.dumps(ours(load, **changes)))
     else:
-        main()
+        main(sys.argv[1:] or list(CLAIMS))

@@ -21,6 +21,7 @@ from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
 from pallas_kernels import decode_layer as fused
+from pallas_kernels import page_write
 from pallas_kernels.paged_attention import append, paged_attention
 
 QUANTISED = ("int8", "float8_e4m3fn")
@@ -96,10 +97,9 @@ def forward(
         window = config.window(i)
         attn = cast(kv.FusedAttention, layer.attn)
         h = model.norm(x, layer.attn_norm, config)
-        q, k, v = kv.queries_keys_values(attn, h, config, ropes[0 if window is None else -1])
-        pages = _append(pages, k[0], v[0], slots)
+        q, pages = _write(attn, h, config, ropes[0 if window is None else -1], pages, slots)
         out = paged_attention(
-            q[0], pages.k, pages.v, table, starts, lengths, scale=config.scale, window=window,
+            q, pages.k, pages.v, table, starts, lengths, scale=config.scale, window=window,
             k_scale=pages.k_scale, v_scale=pages.v_scale, invariant=invariant,
             implementation=implementation,
         )  # fmt: skip
@@ -161,6 +161,28 @@ def _one_token(
         grown.append(LayerPages(k, v))
     x = model.norm(x.astype(embedded.dtype), params.final_norm, config)
     return x[None], tuple(grown)
+
+
+def _write(
+    attn: kv.FusedAttention,
+    h: Float[Array, "1 T D"],
+    config: ModelConfig,
+    cos_sin: tuple[Array, Array],
+    pages: LayerPages,
+    slots: Int[Array, " T"],
+) -> tuple[Float[Array, "T N H"], LayerPages]:
+    """Queries, and the pages with the keys and values: in one kernel where it takes them."""
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    if page_write.supported(h.dtype, width, pages.k.shape, pages.k.dtype) is None:
+        cos, sin = (a[0, :, 0] for a in cos_sin)
+        q, k, v = page_write.page_write(
+            kv.project(h, attn.qkv)[0], pages.k, pages.v, cos, sin, slots,
+            bias=cast(Any, attn.qkv_bias), eps=config.norm_eps, plus_one=config.norm_plus_one,
+            norms=(attn.q_norm, attn.k_norm) if config.qk_norm else None,
+        )  # fmt: skip
+        return q, LayerPages(k, v)
+    q, k, v = kv.queries_keys_values(attn, h, config, cos_sin)
+    return q[0], _append(pages, k[0], v[0], slots)
 
 
 def _append(pages: LayerPages, k: Array, v: Array, slots: Array) -> LayerPages:
