@@ -29,6 +29,7 @@ _LOOP = re.compile(r"\bwhile\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 _MESH = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_PRODUCT = re.compile(r'\bconvolution\(|kind=k(Output|Custom)|custom_call_target="__cu(blas|dnn)')
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 
 
@@ -83,8 +84,8 @@ def totals(collectives: list[Collective]) -> dict[str, tuple[int, int]]:
 def overlap(text: str) -> tuple[int, int]:
     """(matrix products that run while a message is under way, all products) of a scheduled program.
 
-    Reads TPU HLO, where instructions stand in the order in which they are issued; what stands in a
-    loop counts as often as it runs.
+    Reads TPU's and GPU's HLO, where instructions stand in the order in which they are issued; what
+    stands in a loop counts as often as it runs. Of a GPU's libraries cuBLAS and cuDNN count.
     """
     if "is_scheduled=true" not in text:
         raise ValueError("overlap: the program is not scheduled; give the text of a compiled one")
@@ -96,7 +97,7 @@ def overlap(text: str) -> tuple[int, int]:
                 live += 1
             elif re.search(r"(permute|gather|reduce|scatter|async|collective)-done\(", line):
                 live -= 1
-            elif re.search(r"\bconvolution\(|kind=k(Output|Custom)", line):
+            elif _PRODUCT.search(line):
                 products += times
                 under += times * (live > 0)
     return under, products

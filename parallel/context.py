@@ -27,7 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import supported
+from pallas_kernels.flash_attention import DENSE_LIMIT, supported
 from parallel.mesh import Axis, index, size
 
 CP = Axis.CP.value
@@ -153,12 +153,17 @@ def _by_heads(q: Array, k: Array, v: Array, segments: Array | None, scale: float
 def attention(q: Array, k: Array, v: Array, **options: Any) -> Any:
     """`flash_attention.attention` of one device's arrays.
 
-    Left to itself it keeps off a TPU's kernel where there are several devices, for XLA cannot
-    partition it; here nothing is left to partition.
+    Left to itself it keeps off kernels where there are several devices, for XLA cannot partition
+    them; here nothing is left to partition. cuDNN gives a log-sum-exp without a gradient, so it is
+    not asked for one.
     """
-    kernel = None
-    if supported("mosaic_tpu", q.shape, k.shape, q.dtype) is None:
-        kernel = "mosaic_tpu"
+    asked = {name: value for name, value in options.items() if name != "return_lse"}
+    kernels = ("mosaic_tpu",) if options.get("return_lse") else ("mosaic_tpu", "cudnn")
+    for kernel in kernels:
+        if supported(kernel, q.shape, k.shape, q.dtype, **asked) is None:
+            break
+    else:
+        kernel = "chunked" if q.shape[1] > DENSE_LIMIT else "reference"
     return flash_attention.attention(q, k, v, implementation=kernel, **options)
 
 

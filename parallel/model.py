@@ -46,6 +46,7 @@ class Options:
     dtype: Any = jnp.float32  # of the computation
     accumulate: int = 1  # parts of a device's rows, one after the other
     remat: str = "full"  # what the backward pass computes again, one of REMAT
+    unroll: int = 1  # layers a turn of their loop: messages of one may run under the one before
     sequence: bool = True  # under tp, what lies between pairs of matrices is cut by position
     context: str = "ring"  # under cp, one of parallel.context.METHODS
     z_loss: float = 0.0
@@ -198,7 +199,7 @@ def blocks(
                 offload_src="device", offload_dst="pinned_host",
             )  # fmt: skip
         one = jax.checkpoint(one, prevent_cse=False, policy=policy)
-    return jax.lax.scan(one, x, (layers, largest, real))
+    return jax.lax.scan(one, x, (layers, largest, real), unroll=options.unroll)
 
 
 def loss_sums(
@@ -214,9 +215,11 @@ def loss_sums(
         w = gathered(params.embed, "V D").T
     else:
         w = gathered(params.unembed, "D V")
+    # float16 gradients need the loss scale, which comes with the backward pass.
+    again = options.remat in ("full", "offload") or x.dtype == jnp.float16
     sums = tensor.cross_entropy(
         x.reshape(-1, x.shape[-1]), w, rows["targets"].reshape(-1), rows["weights"].reshape(-1),
-        config, z_loss=options.z_loss,
+        config, z_loss=options.z_loss, again=again,
     )  # fmt: skip
     return ensure_varying(sums, (Axis.PP, *DATA))
 

@@ -86,3 +86,33 @@ def test_a_text_of_the_form_that_tpus_get():
         Collective("all-reduce", depth=1, executed=7, bytes=64, group=4),
     ]
     assert overlap(TPU) == (1, 9)  # one of two outside, none of seven in the loop
+
+
+GPU = """
+HloModule jit_step, is_scheduled=true
+
+%body (p: (bf16[8])) -> (bf16[8]) {
+  %ag = (bf16[4], bf16[8]) all-gather-start(%w), replica_groups={{0,1}}
+  %a = (bf16[8], s8[4]) custom-call(%x), custom_call_target="__cublas$lt$matmul"
+  %agd = bf16[8] all-gather-done(%ag)
+  %f = bf16[8] fusion(%a), kind=kLoop, calls=%fused
+  %b = bf16[8] fusion(%f), kind=kCustom, calls=%gemm
+}
+
+%condition (p: (bf16[8])) -> pred[] {
+  %n = s32[] constant(3)
+}
+
+ENTRY %main (w: bf16[4]) -> bf16[8] {
+  %l = (bf16[8]) while(%t), condition=%condition, body=%body
+  %rs = ((bf16[8]), bf16[4]) async-start(%g), calls=%scatter
+  %m = (bf16[8]) custom-call(%q), custom_call_target="__cudnn$fmhaSoftmax"
+  %rsd = bf16[4] async-done(%rs)
+  %s = (s32[8]) custom-call(%q), custom_call_target="AllocateBuffer"
+}
+"""
+
+
+def test_overlap_of_a_program_for_gpus():
+    """Three turns with one product of two under a gather, and cuDNN under a reduce-scatter."""
+    assert overlap(GPU) == (4, 7)

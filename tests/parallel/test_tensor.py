@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.cross_entropy import reference
 from parallel import mesh as M
 from parallel import tensor, tensor_2d
 from parallel.census import census
@@ -20,11 +21,12 @@ CASES = {
     "tp, whole sequences": ("qwen3", "tp=4", "dp", {"sequence": False}),
     "tp, dp": ("qwen3", "dp=4,tp=2", "zero2", {"accumulate": 2}),
     "tp, fsdp": ("qwen3", "fsdp=4,tp=2", "zero3", {}),
+    "tp, dp, nothing again": ("qwen3", "dp=2,tp=2", "dp", {"remat": "none", "unroll": 2}),
     "tp, fsdp, dp, whole sequences": ("llama", "dp=2,fsdp=2,tp=2", "zero1", {"sequence": False}),
 }
 
 
-DEFAULT = {"tp, dp", "tp, fsdp, dp, whole sequences"}
+DEFAULT = {"tp, dp, nothing again", "tp, fsdp, dp, whole sequences"}
 
 
 @pytest.mark.parametrize("case", cases(CASES, DEFAULT))
@@ -71,6 +73,38 @@ def test_what_a_layer_sends(sequence):
     L, share = tiny.LLAMA.num_layers, 3 / 4
     pairs = 5.5 if sequence else 5
     assert sum(c.sent for c in large) == pairs * 2 * share * activation * L
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_head_cut_by_words_is_the_whole_one(again):
+    """Both ways to its gradient, with a z term and a cap on logits; blocks that do not divide."""
+    config = tiny.LLAMA.replace(logit_soft_cap=2.0)
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(10, 8)).astype(np.float32), rng.normal(size=(8, 16)).astype(np.float32)
+    targets, weights = rng.integers(0, 16, 10), rng.random(10).astype(np.float32)
+    mesh = M.make(M.parse("tp=4"))
+
+    def local(x, w, targets, weights):
+        def loss(x, w):
+            return tensor.cross_entropy(
+                ensure_varying(x, ("tp",)), w, targets, weights, config, z_loss=0.3, again=again
+            )
+
+        (both, transpose) = jax.vjp(loss, x, w)
+        return both, transpose((jnp.full((), 3.0), jnp.zeros(())))
+
+    cut = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P(None, "tp"), P(), P()),
+        out_specs=(P(), (P(), P(None, "tp"))),
+    )  # fmt: skip
+
+    def whole(x, w):
+        return reference.linear_cross_entropy(x, w, targets, weights, z_loss=0.3, soft_cap=2.0)
+
+    both, transpose = jax.vjp(whole, x, w)
+    wanted = both, transpose((jnp.full((), 3.0), jnp.zeros(())))
+    found = jax.jit(cut, compiler_options=QUICK)(x, w, targets, weights)
+    assert relative(found, wanted) < 1e-5
 
 
 def test_two_dimensions():
