@@ -44,6 +44,7 @@ def fsdp(rank: int, shape: Shape, cuda: bool) -> None:
     )
     layers = model.model.layers
     for i, layer in enumerate(layers):
+        compiled: Any = torch.compile(layer)
         layers[i] = fully_shard(compiled, mesh=mesh, mp_policy=policy)  # pyright: ignore
     fully_shard(model, mesh=mesh, mp_policy=policy)
     optimizer = torch.optim.AdamW(
