@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import anyio
 
 from agent import events as ev
+from agent.early import context_of
 from agent.execute import execute
 from agent.messages import ToolCall
 from agent.policy import Decision, decide, tripped
 from agent.spec import Agent, transfer_name
-from agent.tools import ArgumentError, Context, Tool
+from agent.tools import ArgumentError, Tool
 
 if TYPE_CHECKING:
     from agent.drive import Drive
@@ -107,18 +108,13 @@ async def _call(drive: Drive, tool: Tool, call: ToolCall, limiter: anyio.Capacit
         pure = tool.effects == "pure"
         await (drive.emit(started) if pure else drive.record(started))
 
-        async def report(text: str) -> None:
-            await drive.show(ev.ToolProgress(call.id, text))
-
-        context = Context(
-            drive.deps, drive.session, drive.agent.name, call.id, key, drive.state.tainted_by,
-            report,
-        )  # fmt: skip
-
         async def listen(event: ev.Kept | ev.Passing) -> None:
             await (drive.record(event) if isinstance(event, ev.Retried) else drive.show(event))
 
-        ended = await execute(tool, call, context, listen)
+        ended = await drive.early.take(call, listen)
+        if ended is None:
+            ended = await execute(tool, call, context_of(drive, call, key, listen), listen)
+        ended = replace(ended, call_id=call.id)
         if reason := await tripped(drive.agent.guardrails, "result", ended.content):
             held = f"error: the result is withheld by the guardrail {reason}"
             ended = replace(ended, content=held, error="guardrail")

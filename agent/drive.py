@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import anyio
+import anyio.abc
 import stamina
 from pydantic import TypeAdapter
 
@@ -22,6 +23,7 @@ from agent import events as ev
 from agent.answers import conclude, conclude_by_call
 from agent.calls import call_tools
 from agent.compress import compress
+from agent.early import Early
 from agent.execute import Emit
 from agent.journal import MemoryStore, Store
 from agent.messages import Message, user
@@ -72,6 +74,8 @@ class Drive:
         self.mine: set[str] = set()  # calls that this process began
         self.partial: list[str] = []  # text of the turn that is under way
         self.lock = anyio.Lock()
+        self.early = Early(self)
+        self.group: anyio.abc.TaskGroup  # of what outlasts a step
 
     @property
     def agent(self) -> Agent:
@@ -141,8 +145,10 @@ class Drive:
             await self.record(*first)
             left = None if seconds is None else max(0.0, seconds - self.state.spent.seconds)
             with anyio.move_on_after(left) as clock:
-                while self.state.finished is None and await self._step():
-                    pass
+                async with anyio.create_task_group() as self.group:
+                    while self.state.finished is None and await self._step():
+                        pass
+                    self.group.cancel_scope.cancel()  # what began early and nobody took
             if clock.cancelled_caught:
                 await self._close("limit", f"seconds: {seconds:g} used")
         except anyio.get_cancelled_exc_class():
@@ -232,6 +238,7 @@ class Drive:
 
     async def _listen(self, model: Model, request: Request) -> Completion:
         self.partial.clear()
+        self.early.forget()
         stream: Any = model.stream(request)
         async with contextlib.aclosing(stream):
             async for item in stream:
@@ -239,6 +246,8 @@ class Drive:
                     return item
                 if isinstance(item, ev.TextDelta):
                     self.partial.append(item.text)
+                elif isinstance(item, ev.CallDelta):
+                    await self.early.hear(item)
                 await self.emit(item)
         raise TransportError(f"{model.name}: the stream ended without an end")
 

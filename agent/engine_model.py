@@ -4,7 +4,8 @@
         result = await run(Agent("clerk", model, "Be brief.", tools=(double,)), "Twice 21?")
 
 A session's next prompt begins with the very ids of its last turn, so the prefix cache has all of
-its full pages; while tools run, a lease keeps them. `fork` goes on from one turn several times over
+its full pages; while tools run, a lease keeps them, or host memory does, and what the template puts
+before a result is computed already. `fork` goes on from one turn several times over
 the same pages. A call, forced or begun by the model itself, is held to its tool's schema by the
 grammar, whatever the weights; a forced turn is one call. What a session used, and which token was
 computed again and why, is in its `Account`.
@@ -13,13 +14,16 @@ computed again and why, is in its `Account`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from agent import engine_sessions
 from agent.engine_sessions import CacheMiss, Session, Sessions, Turn
 from agent.engine_thread import EngineThread, Used
+from agent.host_pages import HostPages
 from agent.messages import Message, ToolCall
 from agent.model import (
     CallDelta,
@@ -33,7 +37,8 @@ from agent.model import (
     Usage,
 )
 from agent.returns import Returns
-from decode.request import Output, QueueFull
+from decode.request import Output, QueueFull, SamplingParams
+from decode.request import Request as EngineRequest
 from decode.server.tools import Delta as Piece
 from jaxinfra.errors import UserError
 
@@ -48,7 +53,8 @@ class Account(Used):
     """What a session used so far; `miss` is of its last turn.
 
     Tokens: `prompt` ones, of which `cached` were not computed; `completion` ones; `recomputed` ones
-    stood in full pages that an earlier turn had filled.
+    stood in full pages that an earlier turn had filled; `ahead` ones were computed before the turn
+    that read them was asked.
     """
 
     turns: int = 0
@@ -56,6 +62,7 @@ class Account(Used):
     cached: int = 0
     completion: int = 0
     recomputed: int = 0
+    ahead: int = 0
     miss: CacheMiss | None = None
 
 
@@ -64,19 +71,20 @@ class EngineModel:
 
     While a turn's tools run its pages are leased until they usually return: those wanted last go
     first where others need pages. lease: seconds after which that ends; leased: the share of all
-    pages that it may take. `salt` may be set at any time: prefixes are shared only under one salt.
+    pages that it may take; host: pages in host memory for what does not fit, as a share of all.
+    `salt` may be set at any time: prefixes are shared only under one salt.
     """
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, name: str = "engine", *, lease: float = 60.0,
-        leased: float = 0.5, price: Price | None = None,
+        leased: float = 0.5, host: float = 1.0, price: Price | None = None,
     ) -> None:  # fmt: skip
         self.name, self.salt = name, ""
         self._price, self._returns = price or Price(), Returns()
         self._max_len, self._page = engine.config.max_len, engine.config.page_size
         self._sessions = Sessions(tokenizer)
         self._accounts: dict[str, Account] = {}
-        self._thread = EngineThread(engine, leased, lease)
+        self._thread = EngineThread(engine, leased, lease, host)
 
     @classmethod
     def load(
@@ -113,6 +121,11 @@ class EngineModel:
     def leases(self) -> int:
         """Sessions whose pages are being kept for them."""
         return self._thread.leases
+
+    @property
+    def host(self) -> HostPages:
+        """What is kept in host memory."""
+        return self._thread.host
 
     def account(self, session: str) -> Account:
         """What a session used; turns outside any session are all under ""."""
@@ -155,10 +168,7 @@ class EngineModel:
         )  # fmt: skip
         heard = asyncio.Queue[Output | Exception]()
         account = self.account(request.session)
-        self._thread.submit(
-            asked, account, request.session or asked.id, asyncio.get_running_loop(),
-            heard.put_nowait,
-        )  # fmt: skip
+        self._thread.submit(asked, account, request.session or asked.id, heard.put_nowait)
         reader, parts, drawn, over = turn.reader(), _Parts(), [], False
         try:
             while True:
@@ -182,6 +192,29 @@ class EngineModel:
         usage = Usage(read, written, cached, self._price.cost(read, written, cached))
         cut = end.finish_reason == "length"
         yield Completion(message, usage, "length" if cut else "calls" if message.calls else "stop")
+
+    async def read(self, request: Request) -> None:
+        """Computes the prompt and draws nothing: what goes on from it, the session or forks of it,
+        finds it, until the session goes on or is released."""
+        done = asyncio.Event()
+        tokens = self._sessions.turn(request, self._max_len).tokens
+        self._read(request, tokens, 0.0, lambda told: done.set())
+        await done.wait()
+
+    def _read(
+        self, request: Request, tokens: tuple[int, ...], seconds: float, hear: Callable[[Any], None]
+    ) -> None:
+        account = self.account(request.session)
+
+        def heard(told: Output | Exception) -> None:
+            if isinstance(told, Output):
+                account.ahead += told.prompt_tokens - told.cached_tokens
+            hear(told)
+
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        asked = EngineRequest(uuid.uuid4().hex, tokens, params, program=request.program,
+                              cache_salt=self.salt)  # fmt: skip
+        self._thread.submit(asked, account, request.session, heard, seconds)
 
     def _room(self, turn: Turn, wanted: int | None) -> int:
         room = self._max_len - len(turn.tokens)
@@ -208,10 +241,20 @@ class EngineModel:
             account.recomputed += lost
         if request.session:
             tokens = turn.tokens + (message.tokens or ())
-            self._sessions.put(request.session, Session((*said, message), tokens, tools, salt))
+            known = Session((*said, message), tokens, tools, salt)
+            self._sessions.put(request.session, known)
             if message.calls:
-                expected = self._returns.leaves(request.session, (c.name for c in message.calls))
-                self._thread.hold(request.session, tokens, expected, salt)
+                self._wait_for_tools(request, known)
+
+    def _wait_for_tools(self, request: Request, known: Session) -> None:
+        """Keeps what the session has until its tools return, and reads on as far as is known."""
+        calls, tokens = known.messages[-1].calls, known.tokens
+        expected = self._returns.leaves(request.session, (call.name for call in calls))
+        self._thread.hold(request.session, tokens, expected, known.salt)
+        with contextlib.suppress(UserError):  # of the template: the next turn tells it
+            ahead = tokens + self._sessions.ahead(request, known, self._max_len)
+            if len(ahead) // self._page > len(tokens) // self._page:  # else no page is gained
+                self._read(request, ahead, expected, lambda told: None)
 
 
 class _Parts:

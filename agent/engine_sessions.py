@@ -4,7 +4,8 @@ A turn of the model is kept as the ids that it drew. What the template puts afte
 turn, the new messages and the beginning of the next, is the only text that is encoded, and follows
 those ids. It is found by rendering the conversation as it is and with another text in place of that
 turn: what stands behind the two must be the same. What a model thought aloud stays, as it was
-drawn, also where its template would leave it out. Cost: four renderings a turn.
+drawn, also where its template would leave it out. Cost: four renderings a turn, seven where it ends
+in calls.
 """
 
 from __future__ import annotations
@@ -101,13 +102,26 @@ class Sessions:
         else:
             tokens = self._encode(text)
         for at, end in zip(turns, [*turns[1:], len(messages)], strict=False):
-            after = self._encode(self._after(request, messages[:end], at, max_len))
-            if tokens[-1] in self._tokenizer.eos_ids and after[:1] == tokens[-1:]:
-                after = after[1:]  # it ended the turn itself
-            tokens += after
+            tokens += self._new(tokens, self._after(request, messages[:end], at, max_len))
             if end < len(messages):
                 tokens += messages[end].tokens or ()
         return Turn(tuple(tokens), ask, reader)
+
+    def ahead(self, request: Request, known: Session, max_len: int) -> tuple[int, ...]:
+        """What will stand between a last turn of calls and the first's result, as tokens that do
+        not depend on the result."""
+        mark = uuid.uuid4().hex
+        messages = (*known.messages, Message("tool", mark, call_id=""))
+        text = self._after(request, messages, len(known.messages) - 1, max_len).partition(mark)[0]
+        # A result's first letters may become one token with what stands before them.
+        one, other = (self._new(known.tokens, text + result) for result in ("0", "Z"))
+        return tuple(one[: _common(one, other)])
+
+    def _new(self, before: Sequence[int], text: str) -> list[int]:
+        """What `text` adds to the tokens before it: not the end of a turn that ended itself."""
+        after = self._encode(text)
+        twice = before[-1] in self._tokenizer.eos_ids and after[0] == before[-1]
+        return after[1:] if twice else after
 
     def _after(self, request: Request, messages: tuple[Message, ...], at: int, max_len: int) -> str:
         """The text behind turn `at`, up to where the next is to be written."""
@@ -184,6 +198,6 @@ def _same(mine: Message, theirs: Message) -> bool:
     return mine == theirs or (mine.tokens is not None and mine.tokens == theirs.tokens)
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

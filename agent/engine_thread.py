@@ -1,5 +1,8 @@
 """The thread that owns an engine: requests and leases in, outputs out, and who used how much.
 
+What a session computed is kept on the device, put into host memory or dropped, by when it is wanted
+again: the soonest on the device, as far as its share goes, the next in host memory.
+
 Everything that touches the engine happens here, between two steps. A step's wall seconds are split
 among the requests by the tokens that it computed for each, and each page's share of those seconds
 among the requests that hold it, so accounts add up to the total. Pages that only a lease or the
@@ -18,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from agent.host_pages import HostPages
 from decode.policies import Policy
 from decode.request import Output, QueueFull, Request
 from jaxinfra.errors import UserError
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from decode.scheduler import Sequence
 
 Hear = Callable[["Output | Exception"], object]
+_LATE = 10  # leases' time after which a prefix is not worth its place in host memory
 _log = logging.getLogger("jaxinfra.engine")
 
 
@@ -40,31 +45,39 @@ class Used:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request under way: who listens, in which event loop, who pays, and whose lease it ends."""
+    """A request under way: who listens, in which event loop, who pays, and whose lease it ends. One
+    that only reads leases its prompt at its end instead, as it is `wanted` then."""
 
+    request: Request
     hear: Hear
     loop: asyncio.AbstractEventLoop
     used: Used
     key: str
+    wanted: float | None = None
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A lease: its number, its pages, when they are wanted and when it ends (time.monotonic())."""
+    """A lease: its number, of which tokens, when they are wanted and when it ends (in seconds of
+    time.monotonic())."""
 
     lease: int
-    pages: int
+    tokens: tuple[int, ...]
+    salt: str
     wanted: float
     until: float
 
 
 class EngineThread:
     """Runs `engine` until `close`. Leases take at most the share `leased` of its pages, and each
-    ends after `lease` seconds."""
+    ends after `lease` seconds; host memory takes as many pages as `host` times the engine's."""
 
-    def __init__(self, engine: Engine, leased: float = 0.5, lease: float = 60.0) -> None:
+    def __init__(
+        self, engine: Engine, leased: float = 0.5, lease: float = 60.0, host: float = 1.0
+    ) -> None:
         self.total = Used()
         self.leases = 0  # that stand
+        self.host = HostPages(engine, int(host * engine.config.pages))
         self._engine = engine
         self._room, self._longest = int(leased * engine.config.pages), lease
         self._meter = _Meter(engine.scheduler.policy)
@@ -78,11 +91,17 @@ class EngineThread:
         self._thread.start()
 
     def submit(
-        self, request: Request, used: Used, key: str, loop: asyncio.AbstractEventLoop, hear: Hear
+        self, request: Request, used: Used, key: str, hear: Hear, reads: float | None = None
     ) -> None:
-        """Queues a request. `hear` is called in `loop`: with its outputs, or with what kept it from
-        being answered. The lease under `key` ends once the request has its pages."""
-        self._order(lambda: self._add(request, _Asked(hear, loop, used, key)))
+        """Queues a request. `hear` is called in the running event loop: with its outputs, or with
+        what kept it from being answered. The lease under `key` ends once the request has its pages.
+
+        reads: its prompt is only to be computed, and is then leased under `key`, as it is wanted in
+        so many seconds from now. The next request under `key` ends the reading.
+        """
+        wanted = None if reads is None else time.monotonic() + reads
+        asked = _Asked(request, hear, asyncio.get_running_loop(), used, key, wanted)
+        self._order(lambda: self._add(asked))
 
     def abort(self, id: str) -> None:
         """Ends a request; its pages are free before the next step."""
@@ -91,12 +110,13 @@ class EngineThread:
     def hold(self, key: str, tokens: tuple[int, ...], seconds: float, salt: str) -> None:
         """Leases the cached prefix of `tokens` under `key`, as it is wanted in so many seconds.
 
-        Where leases take too much, the one that is wanted last goes."""
+        Where leases take too much, the one that is wanted last goes into host memory; so does one
+        that ends. What is wanted in more than _LATE leases' time is dropped at once."""
         self._order(lambda: self._hold(key, tokens, seconds, salt))
 
     def release(self, key: str) -> None:
-        """Ends the lease under `key`, if there is one."""
-        self._order(lambda: self._give_up(key))
+        """Ends the lease under `key`, if there is one; host memory forgets it, too."""
+        self._order(lambda: self._forget(key))
 
     def close(self) -> None:
         """Ends what is under way, and the thread."""
@@ -141,16 +161,22 @@ class EngineThread:
             pass
         now = time.monotonic()
         for key in [key for key, held in self._held.items() if held.until <= now]:
-            self._give_up(key)
+            self._put_away(key)
 
     def _gone(self) -> UserError:
         return UserError(f"the engine is gone ({self._why}); load another")
 
-    def _add(self, request: Request, asked: _Asked) -> None:
+    def _add(self, asked: _Asked) -> None:
+        request = asked.request
+        for id, other in list(self._asked.items()):
+            if other.key == asked.key and other.wanted is not None:
+                self._tell([(id, UserError("its session goes on"))])
+                self._abort(id)
         self._asked[request.id] = asked
         try:
             if self._over:
                 raise self._gone()
+            self.host.bring_back(asked.key)
             self._engine.add(request)
         except (QueueFull, ValueError, UserError) as error:
             self._tell([(request.id, error)])
@@ -160,20 +186,35 @@ class EngineThread:
         asked = self._asked.pop(id, None)
         if asked is not None and not self._over:
             self._engine.abort(id)
-            self._give_up(asked.key)
+            if asked.wanted is None:
+                self._give_up(asked.key)
 
     def _hold(self, key: str, tokens: tuple[int, ...], seconds: float, salt: str) -> None:
-        self._give_up(key)
         if self._over:
             return
+        self.host.bring_back(key)
+        self._give_up(key)
         lease, now = self._engine.lease(tokens, seconds, salt), time.monotonic()
         if lease is None:
             return
-        pages = len(tokens) // self._engine.config.page_size
-        self._held[key] = _Held(lease, pages, now + seconds, now + self._longest)
+        self._held[key] = _Held(lease, tokens, salt, now + seconds, now + self._longest)
         self.leases = len(self._held)
-        while sum(held.pages for held in self._held.values()) > self._room:
-            self._give_up(max(self._held, key=lambda key: self._held[key].wanted))
+        if seconds > self._longest:
+            self._put_away(key)
+        size = self._engine.config.page_size
+        while sum(len(held.tokens) // size for held in self._held.values()) > self._room:
+            self._put_away(max(self._held, key=lambda key: self._held[key].wanted))
+
+    def _put_away(self, key: str) -> None:
+        """From the device into host memory, or nowhere."""
+        held = self._held[key]
+        if held.wanted - time.monotonic() <= _LATE * self._longest:
+            self.host.keep(key, held.tokens, held.salt, held.wanted)
+        self._give_up(key)
+
+    def _forget(self, key: str) -> None:
+        self._give_up(key)
+        self.host.drop(key)
 
     def _give_up(self, key: str) -> None:
         held = self._held.pop(key, None)
@@ -191,7 +232,12 @@ class EngineThread:
         self._last = [(self._asked[id].used, *what) for id, what in used.items()] or self._last
         self._charge(seconds, self._last)
         for output in outputs:
-            self._give_up(self._asked[output.request_id].key)
+            asked = self._asked[output.request_id]
+            if asked.wanted is None:
+                self._give_up(asked.key)
+            elif output.finish_reason is not None:
+                soon, salt = asked.wanted - time.monotonic(), asked.request.cache_salt
+                self._hold(asked.key, asked.request.prompt, max(0.0, soon), salt)
         self._tell([(output.request_id, output) for output in outputs])
         for output in outputs:
             if output.finish_reason is not None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import threading
 import time
 from typing import Any
 
@@ -57,7 +58,8 @@ def runner() -> Runner:
 class Steered(Engine):
     """An engine whose answers a script may choose, drawn token by token all the same.
 
-    `seen` holds the requests, `told` the outputs; `copied` counts pages, `seconds` are of steps.
+    `seen` holds the requests, `read` those that only read, `told` the outputs; `copied` counts
+    pages, `seconds` are of steps.
     `bias` is added to logits.
     """
 
@@ -65,10 +67,12 @@ class Steered(Engine):
         super().__init__(runner(), tokenizer, dataclasses.replace(SIZES, **changes))
         self.bias = bias or {}
         self.script, self.seen, self.told, self.copied = script, [], [], 0
+        self.read = []
         self.seconds = 0.0
 
     def add(self, request):
-        wanted = self.script and self.script(TOKENIZER.decode(request.prompt))
+        script = self.script if request.params.max_tokens > 1 else None
+        wanted = script and script(TOKENIZER.decode(request.prompt))
         endless = request.params.max_tokens == ENDLESS.max_tokens
         params = dataclasses.replace(
             request.params, logprobs=0, ignore_eos=endless, logit_bias=self.bias
@@ -78,7 +82,7 @@ class Steered(Engine):
             params = dataclasses.replace(params, grammar=grammar)
         request = dataclasses.replace(request, params=params)
         super().add(request)
-        self.seen.append(request)
+        (self.seen if request.params.max_tokens > 1 else self.read).append(request)
 
     def _dispatch(self, plan, drafting):
         self.copied += len(plan.copies)
@@ -98,11 +102,25 @@ class Steered(Engine):
 
 
 @contextlib.contextmanager
-def serving(script=None, tokenizer=TOKENIZER, lease=60.0, leased=0.5, **changes):
+def serving(script=None, tokenizer=TOKENIZER, lease=60.0, leased=0.5, host=0.0, **changes):
     engine = Steered(script, tokenizer, **changes)
-    with EngineModel(engine, tokenizer, "tiny", lease=lease, leased=leased) as model:
+    kept = {"lease": lease, "leased": leased, "host": host}
+    with EngineModel(engine, tokenizer, "tiny", **kept) as model:
         yield model, engine
     engine.pool.check()
+
+
+def comes(what):
+    """Whether it is so within a minute."""
+    return any(what() or time.sleep(0.01) for _ in range(6000))
+
+
+def quiet(model):
+    """Waits until the engine's thread has done all that it was told."""
+    assert comes(lambda: not model._thread._asked and model._thread._orders.empty())
+    done = threading.Event()
+    model._thread._order(done.set)
+    assert done.wait(60)
 
 
 def taken(model, *requests):

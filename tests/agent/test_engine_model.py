@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import anyio
 import jsonschema
@@ -30,6 +29,8 @@ from tests.agent.steered_engine import (
     TAG,
     TOKENIZER,
     Steered,
+    comes,
+    quiet,
     serving,
     tagged,
     taken,
@@ -76,7 +77,7 @@ def test_ten_tool_turns_append_tokens_and_compute_none_again():
         (len(r.prompt) + len(a) - 1) // 16 * 16
         for r, a in zip(engine.seen, answers[:-1], strict=False)
     ]
-    assert account.cached == sum(full) == engine.scheduler.found
+    assert sum(full) <= account.cached <= sum(full) + account.ahead + 16 * len(engine.read)
     assert account.prompt == sum(len(r.prompt) for r in engine.seen)
 
 
@@ -275,11 +276,6 @@ def test_a_lease_keeps_pages_while_tools_run(leased, lost):
         assert (account.miss is not None and account.miss.cause == "evicted") == lost
 
 
-def comes(what):
-    """Whether it is so within a minute."""
-    return any(what() or time.sleep(0.01) for _ in range(6000))
-
-
 def test_a_lease_ends_in_time_and_gives_way():
     with serving(by_script, lease=0.05) as (model, _):
         called(model)
@@ -295,9 +291,10 @@ def test_a_lease_ends_in_time_and_gives_way():
 def test_leases_take_their_share_and_what_is_wanted_last_goes():
     with serving(by_script, leased=0.4) as (model, _):  # 102 of 256 pages
         held, room = model._thread._held, 0
-        for i, seconds in enumerate((9.0, 1.0, 5.0)):
+        for i, seconds in enumerate((59.0, 20.0, 40.0)):
             called(model, f"s{i}")
-            assert comes(lambda i=i: f"s{i}" in held)
+            quiet(model)
+            assert f"s{i}" in held
             model._thread.hold(f"s{i}", model.tokens(f"s{i}"), seconds, "")
             room = max(room, len(model.tokens(f"s{i}")) // 16)
         assert comes(lambda: len(held) == 2)
