@@ -11,13 +11,16 @@ from decode.packing import Layout
 from decode.scheduler import PENDING, Plan, Sequence
 
 
-def size(plan: Plan) -> dict[str, Any]:
-    """What a layout must hold, by the names of `decode.buckets.smallest`."""
+def size(plan: Plan, drafts: int = 0) -> dict[str, Any]:
+    """What a layout must hold, by the names of `decode.buckets.smallest`.
+
+    drafts: that a model makes a row, if any row has some.
+    """
     drafted = any(chunk.drafts for chunk in plan.chunks)
     return {
         "tokens": plan.tokens, "rows": len(plan.chunks), "steps": plan.steps,
         "pages": max(len(chunk.sequence.table.pages) for chunk in plan.chunks),
-        "everywhere": drafted,
+        "everywhere": drafted, "drafts": drafts * drafted,
         "plain": all(chunk.sequence.plain for chunk in plan.chunks),
     }  # fmt: skip
 
@@ -39,15 +42,17 @@ def pack(plan: Plan, layout: Layout, keys: Mapping[Sequence, tuple[int, int]]) -
         if params.prompt_logprobs is not None:
             after = sequence.request.prompt[chunk.start + 1 : chunk.end + 1]
             view["after"][at : at + len(after)] = after
+        if layout.drafts:
+            view["before"][i] = sequence.tokens[max(chunk.start - 1, 0)]
         at += len(tokens)
         view["starts"][i + 1 :] = at
-        if not layout.everywhere:
+        if layout.S and not layout.everywhere:
             view["sample"][i] = at - 1
         key_0, key_1 = keys[sequence]
         rows[i] = (
             sequence.slot, chunk.end + len(chunk.drafts), chunk.makes, params.top_k, key_0, key_1,
-            params.temperature, params.top_p, params.min_p, params.repetition_penalty,
-            params.presence_penalty, params.frequency_penalty,
+            params.seed is not None, params.temperature, params.top_p, params.min_p,
+            params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
         )  # fmt: skip
         pages = sequence.table.pages
         view["table"][i, : len(pages)] = pages

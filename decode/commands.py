@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import json
 import os
@@ -47,6 +48,9 @@ def serve(
     from jaxinfra.weights.pull import pull
 
     path = pull(model, offline=offline)
+    if engine.draft_model is not None and engine.draft_layers is None:
+        draft = str(pull(engine.draft_model, offline=offline))
+        engine = dataclasses.replace(engine, draft_model=draft)
     settings = Settings(name or model, _keys(keys), version=version("jaxinfra"))
     build = functools.partial(_engine, str(path), engine, dtype)
     run(build, Tokenizer.from_path(path), settings, host=host, port=port, drain=drain)

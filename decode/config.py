@@ -34,7 +34,9 @@ class EngineConfig:
         and head.
       invariant: an answer's bits depend on nothing that runs beside it. Every step then has one
         shape: a lone token costs as much as `budget` of them.
-      draft: tokens to guess at each turn from what was said before; 0 guesses none.
+      draft: tokens to guess at each turn; 0 guesses none.
+      draft_model: who guesses: a smaller model by name, or first:N for the model's own first N
+        layers; by default what was said before is looked up.
       tp: devices that share each step.
     """
 
@@ -51,6 +53,7 @@ class EngineConfig:
     kv_dtype: str | None = None
     invariant: bool = False
     draft: int = 0
+    draft_model: str | None = None
     tp: int = 1
 
     def __post_init__(self) -> None:
@@ -70,5 +73,19 @@ class EngineConfig:
             raise UserError(f"engine: policy={self.policy!r}; choose one of {', '.join(POLICIES)}")
         if not 0 <= self.draft <= 15:
             raise UserError(f"engine: draft={self.draft}; give 0 to 15 tokens")
+        if self.draft_model is not None and not self.draft:
+            raise UserError("engine: a draft_model guesses draft=0 tokens; give draft=4 or so")
+        if self.draft_layers is None and self.draft_model is not None and self.tp > 1:
+            raise UserError("engine: a draft model is not cut; leave out tp, or give first:N")
         if self.invariant and self.draft:
             raise UserError("engine: drafting changes a step's shape; leave out draft or invariant")
+
+    @property
+    def draft_layers(self) -> int | None:
+        """Of the model itself, if those guess."""
+        kind, _, count = (self.draft_model or "").partition(":")
+        if kind != "first":
+            return None
+        if not count.isdecimal():
+            raise UserError(f"engine: draft_model={self.draft_model!r}; give first:N, N layers")
+        return int(count)

@@ -33,8 +33,8 @@ from decode.grammar import Compiler
 from decode.pages import Pages
 from decode.prefix_cache import PrefixCache
 from decode.request import FinishReason, Output, Request
-from decode.scheduler import Plan, Scheduler, Sequence
-from decode.speculate import Guesses
+from decode.scheduler import Chunk, Plan, Scheduler, Sequence
+from decode.speculate import ByModel, Guesses
 from decode.stats import EngineStats, Info
 from jaxinfra.text import Tokenizer
 
@@ -64,7 +64,11 @@ class Engine:
         self._broken: list[tuple[Sequence, str]] = []
         self._keys: dict[Sequence, tuple[int, int]] = {}
         self._grammars: Compiler | None = None
-        self._guesses = Guesses(config.draft)
+        drafter = runner.drafter
+        self._guesses = (
+            ByModel(config.draft, separate=drafter.params is not None) if drafter
+            else Guesses(config.draft)
+        )  # fmt: skip
         self._flight: Flight | None = None
         self._early: list[Output] = []
         self._speed: deque[tuple[float, int]] = deque(maxlen=64)
@@ -80,15 +84,21 @@ class Engine:
         import jaxinfra
 
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        return cls.of(jaxinfra.load(name, dtype=dtype, offline=offline), config)
+        model = jaxinfra.load(name, dtype=dtype, offline=offline)
+        if config.draft_model is None or config.draft_layers is not None:
+            return cls.of(model, config)
+        draft = jaxinfra.load(config.draft_model, dtype=dtype, offline=offline)
+        return cls.of(model, config, draft)
 
     @classmethod
-    def of(cls, model: Model, config: EngineConfig) -> Engine:
-        """An engine for a loaded model."""
+    def of(cls, model: Model, config: EngineConfig, draft: Model | None = None) -> Engine:
+        """An engine for a loaded model; `draft` is the smaller one that guesses, if any."""
+        from decode.draft import Drafter
         from decode.runner import Runner
         from jaxinfra.model.cache import unstack
 
-        runner = Runner(unstack(model.params, model.config), model.config, config)
+        drafter = draft and Drafter(draft.config, unstack(draft.params, draft.config))
+        runner = Runner(unstack(model.params, model.config), model.config, config, drafter)
         return cls(runner, model.tokenizer, config)
 
     def add(self, request: Request) -> None:
@@ -147,8 +157,12 @@ class Engine:
             outputs += self._read()
             drafting = drafting and self._drafting()
         self.scheduler.budget = self._runner.budget
+        steps = 1 if drafting else self._steps_a_call()
+        drafting = drafting and self._guesses.catch_up(
+            self.scheduler.running, self._runner.budget, self._draft_reads
+        )
         plan = self.scheduler.plan(
-            time.monotonic(), steps=1 if drafting else self._steps_a_call(),
+            time.monotonic(), steps=steps,
             draft=self._guesses.after if drafting else None,
         )  # fmt: skip
         outputs += [self._end(s, "timeout") for s in plan.timed_out]
@@ -255,7 +269,7 @@ class Engine:
         return steps if fits else 1
 
     def _dispatch(self, plan: Plan, drafting: bool) -> Flight:
-        wanted = batches.size(plan)
+        wanted = batches.size(plan, self._runner.drafts if self._runner.drafter else 0)
         layout = buckets.smallest(self._runner.ready, **wanted)
         if layout is None:
             raise RuntimeError(
@@ -269,6 +283,14 @@ class Engine:
         packed = batches.pack(plan, layout, self._keys)
         out = self._runner.run(layout, packed, mask)
         return Flight(plan, layout, out, drafting, time.monotonic())
+
+    def _draft_reads(self, chunks: list[Chunk]) -> None:
+        """The draft model computes `chunks`."""
+        plan = Plan(chunks)
+        layout = buckets.smallest(self._runner.ready, **batches.size(plan), reads=True)
+        assert layout is not None
+        self._runner.run(layout, batches.pack(plan, layout, self._keys), None)
+        self._runner.wait()
 
     def _admit(self, sequence: Sequence) -> None:
         """Tells the device what penalties and biases look at, where it matters."""
@@ -297,6 +319,8 @@ class Engine:
         """The step's tokens into their sequences, and what they mean."""
         made = flight.read(self._guesses.judge)
         self.scheduler.computed(flight.plan, [one.tokens for one in made])
+        for one in made if flight.drafting else ():
+            self._guesses.stood(one.chunk, len(one.tokens))
         outputs = [output for one in made for output in self._told(flight, one)]
         now, count = time.monotonic(), sum(len(one.tokens) for one in made)
         if all(one.tokens for one in made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,9 @@ class Flight:
         """Until it is computed."""
         np.asarray(self.out.drawn.tokens)
 
-    def read(self, judge: Callable[[Chunk, list[int]], int]) -> list[Made]:
+    def read(self, judge: Callable[[Many[int], list[int]], int]) -> list[Made]:
         """What every chunk made. judge: how many of its drafts stand beside what was drawn."""
+        drafted = None if self.out.drafts is None else np.asarray(self.out.drafts)
         drawn = self.out.drawn
         tokens, logps = np.asarray(drawn.tokens), np.asarray(drawn.logps)
         tops = None
@@ -53,7 +55,9 @@ class Flight:
             last = at + count - 1 if self.layout.everywhere else row
             if chunk.drafts:
                 places = [(0, last + i) for i in range(chunk.makes)]
-                places = places[: 1 + judge(chunk, [int(tokens[place]) for place in places])]
+                drafts = chunk.drafts if drafted is None else drafted[row].tolist()
+                drafts = drafts[: len(chunk.drafts)]
+                places = places[: 1 + judge(drafts, [int(tokens[place]) for place in places])]
             else:
                 places = [(step, last) for step in range(chunk.makes)]
             likeliest = [_likeliest(*tops, place) if tops else {} for place in places]

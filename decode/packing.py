@@ -21,6 +21,7 @@ INTEGERS = (
     "length",  # tokens of the sequence when its chunk is computed
     "left",  # tokens it may make in this call
     "top_k", "key_0", "key_1",
+    "seeded",  # 1 where a draft stands only if it is what the seed draws
 )  # fmt: skip
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 ROW = np.dtype([*((n, np.int32) for n in INTEGERS), *((n, np.float32) for n in FLOATS)])
@@ -33,6 +34,8 @@ class Layout:
 
     `steps` tokens a row are made in one call; more than one only where each row computes one.
     plain: no row wants penalties, truncation, a bias, a mask, likeliest tokens or prompt scores.
+    drafts: tokens that a draft model guesses for each row before the step. With S = 0 the draft
+    model reads the T tokens, and nothing else is computed.
     """
 
     T: int
@@ -41,6 +44,12 @@ class Layout:
     S: int
     steps: int = 1
     plain: bool = False
+    drafts: int = 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether the draft model alone computes."""
+        return self.S == 0
 
     @property
     def everywhere(self) -> bool:
@@ -51,7 +60,8 @@ class Layout:
     def _parts(self) -> dict[str, tuple[int, int]]:
         sizes = {
             "switches": 4, "tokens": self.T, "after": self.T, "starts": self.B + 1,
-            "sample": self.S, "rows": self.B * _WORDS, "table": self.B * self.M,
+            "before": self.B if self.drafts else 0, "sample": self.S, "rows": self.B * _WORDS,
+            "table": self.B * self.M,
         }  # fmt: skip
         ends = itertools.accumulate(sizes.values())
         return {
@@ -69,6 +79,7 @@ class Layout:
         tokens [T]: below zero, -1 - slot takes the last token that the device made there.
         after [T]: the prompt's token after each, where it is to be scored.
         starts [B + 1]: where each row's tokens begin.
+        before [B]: the token before each row's first, where a draft model guesses.
         sample [S]: where among the tokens one is drawn, -1 for none.
         switches [4]: 1 where any row wants penalties, truncation, likeliest tokens, prompt scores.
         """

@@ -25,6 +25,7 @@ class Pages:
             raise ValueError(f"pages: count={count}, size={size}; give 1 or more of each")
         self.size = size
         self.holders = [0] * count
+        self.read = [False] * count  # a draft model has read all tokens of it
         self._free = list(range(count - 1, -1, -1))  # the last is taken next
 
     @property
@@ -39,6 +40,7 @@ class Pages:
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self.holders[page] = 1
+            self.read[page] = False
         return taken
 
     def share(self, pages: Iterable[int]) -> None:
@@ -98,6 +100,8 @@ class Table:
         self.pool.release(self.pages[kept:])
         del self.pages[kept:]
         self.length = length
+        if length % self.pool.size:  # other tokens will end this page
+            self.pool.read[self.pages[-1]] = False
 
     def fork(self) -> Table:
         """A sequence with the same tokens, in the same pages."""

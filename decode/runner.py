@@ -29,6 +29,7 @@ import numpy as np
 
 from decode import buckets, forward
 from decode.config import EngineConfig
+from decode.draft import Drafter, first_layers
 from decode.packing import Layout
 from decode.step import Out, State, admit, step
 from decode.tensor import TP, Devices
@@ -49,15 +50,33 @@ _log = logging.getLogger("jaxinfra.engine")
 class Runner:
     """The weights, the pages, and the compiled programs over them."""
 
-    def __init__(self, params: kv.DecodeParams, config: ModelConfig, engine: EngineConfig) -> None:
-        """Makes the pages and compiles the first program; `finish` waits for the rest."""
+    def __init__(
+        self, params: kv.DecodeParams, config: ModelConfig, engine: EngineConfig,
+        drafter: Drafter | None = None,
+    ) -> None:  # fmt: skip
+        """Makes the pages and compiles the first program; `finish` waits for the rest.
+
+        drafter: the smaller model that guesses, where `engine` names one.
+        """
+        if engine.draft_layers is not None:
+            drafter = first_layers(config, engine.draft_layers)
+        if drafter is not None and drafter.config.vocab_size != config.vocab_size:
+            raise UserError(
+                f"engine: the draft model has {drafter.config.vocab_size} tokens and the model "
+                f"{config.vocab_size}; give one of the same vocabulary"
+            )
+        self.drafter, self.drafts = drafter, engine.draft
+        own = drafter if drafter is not None and drafter.params is not None else None
+        self._draft: tuple[Any, ...] = () if own is None else (own.params,)
         self._devices = Devices(config, engine.tp) if engine.tp > 1 else None
         self.params, self.config = self._placed(params), config
-        self.max_len = min(engine.max_len or config.max_seq_len, config.max_seq_len)
+        longest = min(c.max_seq_len for c in (config, own.config if own else config))
+        self.max_len = min(engine.max_len or longest, longest)
         self.page_size = engine.page_size
         per_sequence = -(-self.max_len // engine.page_size)
         dtype = engine.kv_dtype or params.embed.dtype.name
-        self.pages = _pages(config, engine, per_sequence, dtype)
+        models = [config, own.config] if own else [config]
+        self.pages = _pages(models, engine, per_sequence, dtype)
         R, V = engine.max_running, config.vocab_size
         self.words = -(-V // 32)
         self._state = State(
@@ -65,6 +84,7 @@ class Runner:
             last=jnp.zeros((R,), jnp.int32),
             counts=jnp.zeros((R, V), jnp.int32),
             bias=jnp.zeros((R, V), jnp.float32),
+            draft=forward.empty(own.config, self.pages, engine.page_size, dtype) if own else (),
         )
         if self._devices:
             self._state = self._devices.keep(self._state)
@@ -85,6 +105,7 @@ class Runner:
             self._layouts = buckets.layouts(
                 max_running=R, budget=engine.budget, pages=per_sequence, steps=self.steps,
                 drafts=engine.draft, reads_dead_pages=dead, plain=jax.default_backend() in PLAIN,
+                by_model=drafter is not None, reads=own is not None,
             )  # fmt: skip
         self._invariant = engine.invariant
         self._masks: dict[int, jax.Array] = {}
@@ -92,9 +113,10 @@ class Runner:
         self._programs: dict[Layout, Any] = {}
         self.compiles = 0
         where = jax.tree.map(lambda a: a.sharding, self._state) if self._devices else None
-        self._admit = _ahead(admit, self._state, *self._admission(0, [], 0, [], 0.0), out=where)
-        self._copy = _ahead(
-            forward.copy, self._state.pool, *_pairs([]), out=where and where.pool
+        self._admit = ahead(admit, self._state, *self._admission(0, [], 0, [], 0.0), out=where)
+        self._copy = ahead(
+            forward.copy, self._state.pool + self._state.draft, *_pairs([]),
+            out=where and where.pool,
         )  # fmt: skip
         self._compile(self._layouts[0])
         self._closed = threading.Event()
@@ -106,7 +128,7 @@ class Runner:
     def budget(self) -> int:
         """Tokens that a step can compute by now."""
         shapes = [o for o in self.ready if o.steps == 1 and not o.everywhere and not o.plain]
-        return max(one.T for one in shapes)
+        return max(one.T for one in shapes if not one.reads)
 
     @property
     def ready(self) -> list[Layout]:
@@ -146,8 +168,14 @@ class Runner:
         """Dispatches one step; what it gives may not be computed yet."""
         with self._counted():
             told = self._everything(layout) if mask is None else mask
-            self._state, out = self._programs[layout](self.params, self._state, packed, told)
+            self._state, out = self._programs[layout](
+                self.params, self._state, packed, told, *self._drafting(layout)
+            )
         return out
+
+    def wait(self) -> None:
+        """Until all that was dispatched is computed."""
+        self._state.last.block_until_ready()
 
     def admit(
         self, slot: int, history: list[int], prompt: int, bias: dict[int, float], others: float
@@ -166,8 +194,11 @@ class Runner:
         """Copies whole pages, (source, target) each."""
         for start in range(0, len(pairs), _COPIES):
             with self._counted():
-                pool = self._copy(self._state.pool, *_pairs(pairs[start : start + _COPIES]))
-            self._state = replace(self._state, pool=pool)
+                pool = self._copy(
+                    self._state.pool + self._state.draft, *_pairs(pairs[start : start + _COPIES])
+                )
+            L = len(self._state.pool)
+            self._state = replace(self._state, pool=pool[:L], draft=pool[L:])
 
     def swap(self, params: kv.DecodeParams) -> None:
         """Other weights of the same shapes from the next step on."""
@@ -200,13 +231,19 @@ class Runner:
             step, config=self._devices.local if self._devices else self.config, layout=layout,
             invariant=self._invariant, implementation=self._implementation,
             axis=TP if self._devices else None,
+            drafter=self.drafter if layout.drafts or layout.reads else None,
         )  # fmt: skip
         if self._devices:
             function = self._devices.run(function, self.params, self._state)
-        self._programs[layout] = _ahead(
-            function, self.params, self._state, packed, self._everything(layout), donate=1
-        )
+        self._programs[layout] = ahead(
+            function, self.params, self._state, packed, self._everything(layout),
+            *self._drafting(layout), donate=1,
+        )  # fmt: skip
         _log.info("compiled %s in %.1f s", layout, time.perf_counter() - start)
+
+    def _drafting(self, layout: Layout) -> tuple[Any, ...]:
+        """What its program takes behind the mask."""
+        return self._draft if layout.drafts or layout.reads else ()
 
     def _admission(
         self, slot: int, history: list[int], prompt: int, bias: list[tuple[int, float]],
@@ -235,10 +272,13 @@ class Runner:
             list(pool.map(one, self._layouts[1:]))
 
 
-def _ahead(function: Callable, *arguments: Any, donate: int = 0, out: Any = None) -> Any:
+def ahead(
+    function: Callable, *arguments: Any, donate: int | tuple[int, ...] = 0, out: Any = None
+) -> Any:
     """`function` compiled for such arguments, which it need not look up again.
 
-    out: where its results lie, if not where the compiler likes.
+    donate: arguments that are written in place, by default the first. out: where its results lie,
+    if not where the compiler likes.
     """
 
     def typed(a: Any) -> jax.ShapeDtypeStruct:
@@ -256,10 +296,12 @@ def _pairs(pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     return source, target
 
 
-def _pages(config: ModelConfig, engine: EngineConfig, per_sequence: int, dtype: str) -> int:
+def _pages(
+    models: list[ModelConfig], engine: EngineConfig, per_sequence: int, dtype: str
+) -> int:  # fmt: skip
     size = jnp.dtype(dtype).itemsize
     scale = 4 if dtype in forward.QUANTISED else 0
-    token = 2 * config.num_layers * config.num_kv_heads * (config.head_dim * size + scale)
+    token = sum(2 * c.num_layers * c.num_kv_heads * (c.head_dim * size + scale) for c in models)
     if engine.pages is not None:
         return engine.pages
     if engine.memory is not None:

@@ -2,8 +2,9 @@
 
 In this order: repetition, presence and frequency penalties, bias, mask, temperature, top-k, top-p,
 min-p, and one uniform number for the draw, which depends on the row's key and the token's position
-alone: an answer is the same in any batch, after a preemption, and drafted or not. Log-probabilities
-are those of the distribution that was drawn from; of a greedy row, those at temperature 1.
+alone: an answer is the same in any batch and after a preemption, and, where a seed was given, with
+drafts and without (`verified`). Log-probabilities are those of the distribution that was drawn
+from; of a greedy row, those at temperature 1.
 
 Nothing sorts the vocabulary: top-k and top-p find the least kept value by bisection over the bits
 of floats, 31 passes; a draw sums blocks of the vocabulary and looks into one. What no row of a step
@@ -26,6 +27,7 @@ from pallas_kernels import token_draw
 
 SEEN = 1 << 20  # in `counts`: the prompt has the token; below it, times the answer has it
 _BLOCK = 512
+_GUESS, _TAKE = 1, 2  # uses of a position's numbers, beside the draw itself
 
 
 @struct.dataclass
@@ -39,14 +41,15 @@ class Drawn:
 
 
 def uniform(
-    key_0: Int[Array, " S"], key_1: Int[Array, " S"], positions: Int[Array, " S"]
+    key_0: Int[Array, " S"], key_1: Int[Array, " S"], positions: Int[Array, " S"], use: int = 0
 ) -> Float[Array, " S"]:
-    """One number from 0 to 1 for each key and position (threefry)."""
+    """One number from 0 to 1 for each key and position (threefry), another for each `use`."""
 
     def one(first: Array, second: Array, position: Array) -> Array:
         words = jnp.stack([first, second]).astype(jnp.uint32)
         key = jax.random.wrap_key_data(words, impl="threefry2x32")
-        return jax.random.uniform(jax.random.fold_in(key, position))
+        key = jax.random.fold_in(key, position)
+        return jax.random.uniform(jax.random.fold_in(key, use) if use else key)
 
     return jax.vmap(one)(key_0, key_1, positions)
 
@@ -63,7 +66,7 @@ class Wishes:
     counts: Int[Array, "R V"]
     bias: Float[Array, "R V"]
     slot: Int[Array, " S"]
-    mask: UInt32[Array, "S W"]
+    mask: UInt32[Array, "S W"] | None  # None: every token is allowed
     switches: Int[Array, " 4"]
 
 
@@ -72,35 +75,73 @@ def sample(
     rows: dict[str, Any],
     positions: Int[Array, " S"],
     wishes: Wishes | None,
+    offered: Offered | None = None,
 ) -> Drawn:
     """The tokens that stand at `positions`.
 
-    rows: by name, [S] each, as `decode.packing.ROW`. wishes: None where no row has any.
+    rows: by name, [S] each, as `decode.packing.ROW`. wishes: None where no row has any. offered:
+    what a draft model guessed.
     """
     u = uniform(rows["key_0"], rows["key_1"], positions)
-    if wishes is None and token_draw.supported(logits.shape) is None:
+    if wishes is None and offered is None and token_draw.supported(logits.shape) is None:
         tokens, logps = token_draw.draw(logits, rows["temperature"], u)
         return Drawn(tokens, logps, *_nothing(*logits.shape))
-    if wishes is not None:
-        counts, slot, switches = wishes.counts, wishes.slot, wishes.switches > 0
-        logits = jax.lax.cond(
-            switches[0], lambda x: _penalised(x, rows, counts[slot]), lambda x: x, logits
-        )
-        allowed = _bits(wishes.mask, logits.shape[1])
-        logits = jnp.where(allowed, logits + wishes.bias[slot], -jnp.inf)
-    greedy = rows["temperature"] == 0.0
-    logits = logits / jnp.where(greedy, 1.0, jnp.maximum(rows["temperature"], 1e-5))[:, None]
-    if wishes is not None:
-        logits = jax.lax.cond(switches[1], _truncated, lambda x, _: x, logits, rows)
+    logits = _shaped(logits, rows, wishes)
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)
-    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), _draw(weights, u))
+    drawn = (
+        _draw(weights, u) if offered is None else verified(weights, u, offered, rows, positions)
+    )  # fmt: skip
+    tokens = jnp.where(rows["temperature"] == 0.0, jnp.argmax(logits, axis=-1), drawn)
     tokens = jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32)  # where nothing may follow
     norm = top + jnp.log(jnp.sum(weights, axis=-1, keepdims=True))
     logps = jnp.take_along_axis(logits, tokens[:, None], axis=1) - norm
-    wanted = None if wishes is None else switches[2]
+    wanted = None if wishes is None else wishes.switches[2] > 0
     top_tokens, top_logps = likeliest_of(logits - norm, wanted)
     return Drawn(tokens, logps[:, 0], top_tokens, top_logps)
+
+
+@struct.dataclass
+class Offered:
+    """What a draft model guessed for S places: a token, drawn from chances that sum to 1."""
+
+    tokens: Int[Array, " S"]
+    chances: Float[Array, "S V"]
+    there: Bool[Array, " S"]  # whether there is a guess
+
+
+def offer(
+    logits: Float[Array, "S V"], rows: dict[str, Any], positions: Int[Array, " S"],
+    wishes: Wishes | None,
+) -> tuple[Int[Array, " S"], Float[Array, "S V"]]:  # fmt: skip
+    """A draft model's tokens for `positions`, and the chances [S, V] that they are drawn from."""
+    logits = _shaped(logits, rows, wishes)
+    chances = jax.nn.softmax(logits, axis=-1)
+    keys = rows["key_0"], rows["key_1"], positions
+    u = jnp.where(rows["seeded"] > 0, uniform(*keys), uniform(*keys, use=_GUESS))
+    greedy = rows["temperature"] == 0.0
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), _draw(chances, u))
+    return jnp.minimum(tokens, logits.shape[1] - 1).astype(jnp.int32), chances
+
+
+def verified(
+    weights: Float[Array, "S V"], u: Float[Array, " S"], offered: Offered, rows: dict[str, Any],
+    positions: Int[Array, " S"],
+) -> Int[Array, " S"]:  # fmt: skip
+    """Draws from `weights`, taking guesses where it can without changing what is likely.
+
+    A row without a seed takes a guess with the chance min(1, p / q) and else draws from what p has
+    more than q (rejection: arXiv 2211.17192, 2302.01318): that is p, and no other way takes more
+    guesses. A row with one draws as if nothing had been guessed, by the number that the guess was
+    drawn by: the answer is the same with and without drafts, and fewer guesses stand.
+    """
+    p = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    here, guess = offered.tokens[:, None], uniform(rows["key_0"], rows["key_1"], positions, _TAKE)
+    p_here, q_here = (jnp.take_along_axis(a, here, axis=1)[:, 0] for a in (p, offered.chances))
+    rest = jnp.maximum(p - offered.chances, 0.0)
+    rejects = offered.there & (rows["seeded"] == 0)
+    taken = rejects & ((guess * q_here < p_here) | (jnp.sum(rest, axis=-1) == 0.0))
+    return jnp.where(taken, offered.tokens, _draw(jnp.where(rejects[:, None], rest, weights), u))
 
 
 def likeliest_of(logps: Float[Array, "S V"], wanted: Bool[Array, ""] | None) -> tuple[Array, Array]:
@@ -117,6 +158,23 @@ def likeliest_of(logps: Float[Array, "S V"], wanted: Bool[Array, ""] | None) -> 
 def _nothing(S: int, V: int) -> tuple[Array, Array]:
     shape = S, min(LIKELIEST, V)
     return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+
+def _shaped(logits: Array, rows: dict[str, Any], wishes: Wishes | None) -> Array:
+    """Logits of the distribution that is drawn from; of a greedy row, those at temperature 1."""
+    if wishes is not None:
+        counts, slot, switches = wishes.counts, wishes.slot, wishes.switches > 0
+        logits = jax.lax.cond(
+            switches[0], lambda x: _penalised(x, rows, counts[slot]), lambda x: x, logits
+        )
+        logits = logits + wishes.bias[slot]
+        if wishes.mask is not None:
+            logits = jnp.where(_bits(wishes.mask, logits.shape[1]), logits, -jnp.inf)
+    greedy = rows["temperature"] == 0.0
+    logits = logits / jnp.where(greedy, 1.0, jnp.maximum(rows["temperature"], 1e-5))[:, None]
+    if wishes is not None:
+        logits = jax.lax.cond(switches[1], _truncated, lambda x, _: x, logits, rows)
+    return logits
 
 
 def _penalised(logits: Array, rows: dict[str, Any], counts: Array) -> Array:

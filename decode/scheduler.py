@@ -43,6 +43,7 @@ class Sequence:
     epoch: int = 0  # of the prefix cache, when its pages began to be computed
     watched: bool = False  # the host must see its last token before the next is drawn
     cuts: int = 0  # times that tokens under way were given up
+    read: int = 0  # tokens that a draft model has read
     ended: bool = False
 
     @property
@@ -259,6 +260,7 @@ class Scheduler:
         sequence.cuts += 1
         if sequence.table.length >= length:
             sequence.table.shrink(length - 1)
+        sequence.read = min(sequence.read, sequence.table.length)
 
     def _missing(self, sequence: Sequence) -> int:
         return len(sequence.tokens) - sequence.table.length
@@ -329,7 +331,7 @@ class Scheduler:
         """It runs no more; its pages go to the prefix cache or are free."""
         self.running.remove(sequence)
         self._slots.append(sequence.slot)
-        sequence.slot = -1
+        sequence.slot, sequence.read = -1, 0
         self._keep(sequence, sequence.known[: sequence.table.length])
         sequence.table.close()
 

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from decode import forward as paged
+from decode.draft import Drafter, propose, put
 from decode.packing import Layout
 from decode.sampler import SEEN, Drawn, Wishes, likeliest_of, sample
 from jaxinfra.model import cache as kv
@@ -31,14 +32,16 @@ class State:
     last: Int[Array, " R"]  # the token made last
     counts: Int[Array, "R V"]  # tokens of its answer, plus 2**20 for those of its prompt
     bias: Float[Array, "R V"]  # on logits; -inf for what is not allowed
+    draft: tuple[paged.LayerPages, ...] = ()  # pages of a smaller model that guesses
 
 
 @struct.dataclass
 class Out:
     """What a call made: for each of its K tokens, S draws; of prompts, how likely they were."""
 
-    drawn: Drawn  # [K, S] and [K, S, 20]
+    drawn: Drawn | None  # [K, S] and [K, S, 20]
     prompt: Drawn | None  # how likely each of T tokens' next was; zeros where nobody asked
+    drafts: Int[Array, "B K"] | None = None  # what a draft model guessed
 
 
 def step(
@@ -46,37 +49,73 @@ def step(
     state: State,
     packed: Int[Array, " n"],
     mask: UInt32[Array, "S W"],
+    draft: kv.DecodeParams | None = None,
     *,
     config: ModelConfig,
     layout: Layout,
+    drafter: Drafter | None = None,
     invariant: bool = False,
     implementation: str | None = None,
     axis: str | None = None,
 ) -> tuple[State, Out]:
     """Computes a packed step. mask: what may be drawn at each place (`decode.sampler.sample`).
 
-    invariant, implementation, axis: of `decode.forward.forward`.
+    draft: weights of `drafter`, unless they are the model's. invariant, implementation, axis: of
+    `decode.forward.forward`.
     """
     told = layout.unpack(packed)
     R = state.last.shape[0]
     row, position = places(told["starts"], told["length"], layout.T)
+    real = jnp.arange(layout.T) < told["starts"][-1]
+    options = {"invariant": invariant, "implementation": implementation, "axis": axis}
+    size = state.pool[0].k.shape[2]
+
+    def slots(row: Array, at: Array, live: Array) -> Array:
+        page = told["table"][row, jnp.maximum(at, 0) // size]
+        return jnp.where(live, page * size + at % size, -1)
+
+    tokens = told["tokens"]
+    tokens = jnp.where(tokens < 0, state.last[jnp.minimum(-1 - tokens, R - 1)], tokens)
+    offered = guesses = None
+    if drafter is not None:
+        separate = draft is not None
+        own = draft if separate else drafter.weights(params)
+
+        def guess(pool: Any, tokens: Array, row: Array, at: Array, starts: Array, lengths: Array,
+                  live: Array) -> Any:  # fmt: skip
+            return paged.forward(own, drafter.config, pool, tokens, at, slots(row, at, live),
+                                 told["table"], starts, lengths, **options)  # fmt: skip
+
+        if layout.reads:
+            _, pool = guess(
+                state.draft, tokens, row, position, told["starts"], told["length"], real
+            )
+            return replace(state, draft=pool), Out(None, None)
+        L = drafter.config.num_layers
+
+        def wishes(slot: Array) -> Wishes | None:
+            switches = told["switches"].at[0].set(0)  # no row whose tokens are counted has drafts
+            return None if layout.plain else Wishes(state.counts, state.bias, slot, None, switches)
+
+        pool, guesses, offered = propose(
+            told, layout, tokens, state.draft if separate else state.pool[:L], guess,
+            lambda x: _logits(own, drafter.config, x, axis), wishes, rereads=separate,
+        )  # fmt: skip
+        kept = {"draft": pool} if separate else {"pool": (*pool, *state.pool[L:])}
+        state, tokens = replace(state, **kept), put(tokens, told, guesses)
     places_drawn = jnp.maximum(told["sample"], 0)
     drawn_row = row[places_drawn]
     rows = {name: told[name][drawn_row] for name in _DRAWS}
     slot = told["slot"][drawn_row]
-    options = {"invariant": invariant, "implementation": implementation, "axis": axis}
-    size = state.pool[0].k.shape[2]
 
     def forward(pool: Any, tokens: Array, at: Array, lengths: Array, live: Array) -> Any:
-        page = jnp.take_along_axis(told["table"][row], (at // size)[:, None], axis=1)[:, 0]
-        slots = jnp.where(live, page * size + at % size, -1)
-        return paged.forward(params, config, pool, tokens, at, slots, told["table"],
+        return paged.forward(params, config, pool, tokens, at, slots(row, at, live), told["table"],
                              told["starts"], lengths, **options)  # fmt: skip
 
     def draw(state: State, x: Array, at: Array, live: Array) -> tuple[State, Drawn]:
         logits = _logits(params, config, x, axis)
         wishes = Wishes(state.counts, state.bias, slot, mask, told["switches"])
-        drawn = sample(logits, rows, at, None if layout.plain else wishes)
+        drawn = sample(logits, rows, at, None if layout.plain else wishes, offered)
         kept = jnp.where(live, slot, R)
         state = replace(state, last=state.last.at[kept].set(drawn.tokens, mode="drop"))
         if not layout.plain:
@@ -84,9 +123,6 @@ def step(
             state = replace(state, counts=counts)
         return state, drawn
 
-    real = jnp.arange(layout.T) < told["starts"][-1]
-    tokens = told["tokens"]
-    tokens = jnp.where(tokens < 0, state.last[jnp.minimum(-1 - tokens, R - 1)], tokens)
     x, pool = forward(state.pool, tokens, position, told["length"], real)
     state = replace(state, pool=pool)
     # Of a chunk's tokens, the last ones alone are followed by tokens that are to be made.
@@ -98,7 +134,7 @@ def step(
     if not layout.plain:
         prompt = _prompt(params, config, x, told["after"], told["switches"], axis)
     if layout.steps == 1:
-        return state, Out(jax.tree.map(lambda a: a[None], first), prompt)
+        return state, Out(jax.tree.map(lambda a: a[None], first), prompt, guesses)
 
     def more(i: Array, carry: tuple) -> tuple:
         state, made = carry
@@ -116,7 +152,7 @@ def step(
 
 _DRAWS = (
     "key_0", "key_1", "temperature", "top_k", "top_p", "min_p", "repetition", "presence",
-    "frequency",
+    "frequency", "seeded",
 )  # fmt: skip
 _SCORED = 16  # tokens whose logits are in memory at once
 

@@ -1,8 +1,10 @@
 """Drafts come from what was said before, and rest where they make an answer slower."""
 
+import itertools
+
 from decode.pages import Pages, Table
 from decode.request import Request, SamplingParams
-from decode.scheduler import Chunk, Sequence
+from decode.scheduler import Sequence
 from decode.speculate import Guesses
 
 
@@ -22,23 +24,29 @@ def test_what_followed_the_longest_run_is_drafted():
 
 def test_drafts_stand_up_to_the_first_that_was_not_drawn():
     guesses = Guesses(3)
-    chunk = Chunk(sequence(1, 2), 1, 1, 4, (7, 8, 9))
-    assert guesses.judge(chunk, [7, 8, 9, 1]) == 3
-    assert guesses.judge(chunk, [7, 5, 9, 1]) == 1
-    assert guesses.judge(chunk, [6, 8, 9, 1]) == 0
+    drafts = (7, 8, 9)
+    assert guesses.judge(drafts, [7, 8, 9, 1]) == 3
+    assert guesses.judge(drafts, [7, 5, 9, 1]) == 1
+    assert guesses.judge(drafts, [6, 8, 9, 1]) == 0
     assert (guesses.drafted, guesses.accepted) == (9, 4)
 
 
-def drafting(plain, drafted, steps=400):
-    """The share of the last steps that drafted, where steps make so many tokens a second."""
+def drafting(plain, drafted, steps=400, owed=0.0):
+    """Which steps drafted, where they make so many tokens a second and owe so many seconds."""
     guesses, made = Guesses(3), []
     for _ in range(steps):
         made.append(guesses.pay(2))
+        if made[-1]:
+            guesses.owe(owed)
         guesses.measured(2, made[-1], drafted if made[-1] else plain, 1.0)
-    return sum(made[-200:]) / 200
+    return made
 
 
 def test_drafts_rest_where_they_are_slower_and_are_tried_again():
-    assert drafting(plain=2, drafted=3) > 0.95
-    assert 0 < drafting(plain=2, drafted=1) < 0.05
+    assert sum(drafting(plain=2, drafted=3)[-200:]) > 190
+    trials = [i for i, drafted in enumerate(drafting(plain=2, drafted=1, steps=3000)) if drafted]
+    assert trials[:8] == [*range(8, 16)]  # after as many steps without
+    rests = [b - a for a, b in itertools.pairwise(trials[7:])]
+    assert rests == [65, 129, 257, 513, 1025]
+    assert sum(drafting(plain=2, drafted=3, owed=1.0)[-200:]) < 10  # what must be read counts
     assert not Guesses(0).pay(1) and not Guesses(3).pay(0)
