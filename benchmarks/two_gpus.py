@@ -141,11 +141,10 @@ def main() -> None:
     for part in PARTS:  # what another call left in the folder stands beside
         if part not in found and (log := _log(args.out, part)).exists():
             found[part] = heard(log.read_text(errors="replace"))
-    if not args.tiny:
-        try:
-            record(found, shape, args.out)
-        except Exception as error:  # the table below is worth more
-            print(f"no ledger entries: {error!r}")
+    try:
+        record(found, shape, args.out)
+    except Exception as error:  # the table below is worth more
+        print(f"no ledger entries: {error!r}")
     table(found, shape)
 
 

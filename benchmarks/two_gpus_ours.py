@@ -259,7 +259,7 @@ def _queued(run: Callable, x: Any, shape: Shape) -> list[float]:
     calls = shape.calls(x.nbytes)
     jax.block_until_ready(run(x))
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         begun = time.perf_counter()
         jax.block_until_ready([run(x) for _ in range(calls)])
         seconds.append((time.perf_counter() - begun) / calls)

@@ -48,7 +48,7 @@ TINY = Shape(
         vocab_size=512, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16,
         d_ff=128, bos_id=None, eos_ids=(),
     ),
-    rows=8, length=64, warmup=1, steps=2, message_bytes=(2**12, 2**20), most_calls=3,
+    rows=8, length=64, warmup=1, steps=5, message_bytes=(2**12, 2**20), most_calls=3,
 )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def collectives(rank: int, shape: Shape, cuda: bool) -> None:
             calls = shape.calls(size)
             run()
             seconds = []
-            for _ in range(3):
+            for _ in range(5):
                 wait()
                 dist.barrier()
                 begun = time.perf_counter()

@@ -36,7 +36,8 @@ def train(
     Args:
       mesh: sizes of axes, as in dp=2,tp=2,pp=2 (also fsdp, ep, cp); by default one device.
       zero: what dp cuts: 1 the optimiser's moments, 2 gradients too; fsdp cuts parameters as well.
-      schedule: of the pipeline: gpipe, 1f1b, eager-1f1b, zb-h1; microbatches are --accumulate.
+      schedule: of the pipeline: gpipe, 1f1b, eager-1f1b, interleaved (two chunks a stage), zb-h1;
+        microbatches are --accumulate.
       context: under cp: ring, gather, ulysses or usp.
       sequence: under tp: positions are cut between its matrices.
       capacity_factor: under ep: room of experts' queues; by default no token is dropped.

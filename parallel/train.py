@@ -67,11 +67,6 @@ class Strategy:
             raise UserError(
                 f"precision={self.precision!r}: choose one of {', '.join(precision.PRECISIONS)}"
             )
-        if self.schedule == "interleaved":
-            raise UserError(
-                "schedule=interleaved: keeps layers in another order than the model's files do; "
-                "use parallel.pipeline.train, or another schedule"
-            )
 
 
 def build(
@@ -86,7 +81,8 @@ def build(
     With a `strategy.precision` the optimizer is one that `precision.scaled` made.
 
     Args:
-      options: fields of `Options` that a strategy does not have: dtype, accumulate, remat, z_loss.
+      options: fields of `Options` that a strategy does not have: dtype, accumulate, remat, z_loss,
+        unroll.
     """
     sizes = mesh.parse(strategy.mesh)
     layout = Layout(config, mesh.make(sizes, devices))
@@ -100,7 +96,7 @@ def build(
     local = None
     if (stages := sizes.get(Axis.PP, 1)) > 1:
         table = pipeline.make(strategy.schedule, stages, how.accumulate)
-        local = local_gradients(layout, how, table)
+        local = local_gradients(layout, how, table, in_order=True)
     name = f"zero{strategy.zero}" if strategy.zero else "zero3" if Axis.FSDP in sizes else "dp"
     moments = layout.cut_further(Axis.DP) if strategy.zero else None
     step = data.STEPS[name](layout, optimizer, how, local)
@@ -151,6 +147,7 @@ class _Run(loop._Run):
         self.layout, self.inner, specs = build(
             self.strategy, self.model_config, self.optimizer, dtype=dtype,
             accumulate=self.config.accumulate, remat=remat, z_loss=self.config.z_loss,
+            unroll=self.config.unroll,
         )  # fmt: skip
         places = shardings(self.layout.mesh, specs)
 

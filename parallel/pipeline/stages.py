@@ -6,13 +6,17 @@ longer than the others sets the pace of all. `balanced` gives the last stage few
 much (the embedding is a look-up and weighs nothing). Layers need not divide by stages either.
 
 Arrays stay stacks of one length: stages with fewer layers have places that hold zeros, take no time
-and get no gradient. Parameters of a pipeline are in the order of `to_stages`.
+and get no gradient. Parameters of a pipeline are in the order of `to_stages`, or in the model's
+(checkpoints, files, other meshes): with chunks a stage then holds layers of other stages, which
+`spread` sends home before a step and `collected` sends back as gradients, C messages of a chunk
+each way, all stages at once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +25,7 @@ import numpy as np
 from jaxinfra.errors import UserError
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
+from parallel.mesh import Axis, index
 from parallel.pipeline.schedule import Schedule
 
 
@@ -88,6 +93,62 @@ def from_stages(params: Params, layers: Sequence[int], schedule: Schedule) -> Pa
     places = np.flatnonzero(at >= 0)
     back = places[np.argsort(at[places])]
     return _with_layers(params, jax.tree.map(lambda leaf: leaf[back], params.layers))
+
+
+def spread(layers: Any, schedule: Schedule) -> Any:
+    """Inside `shard_map`: a stage's chunks [C, ...], from the L / P layers it has in order."""
+    C = schedule.chunks
+    chunks = jax.tree.map(lambda leaf: leaf.reshape(C, -1, *leaf.shape[1:]), layers)
+    return chunks if C == 1 else _exchanged(chunks, _rounds(schedule))
+
+
+def collected(chunks: Any, schedule: Schedule) -> Any:
+    """The inverse of `spread`."""
+    if schedule.chunks > 1:
+        back = [_Round(to, take, [(b, a) for a, b in pairs])
+                for take, to, pairs in _rounds(schedule)]  # fmt: skip
+        chunks = _exchanged(chunks, back)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), chunks)
+
+
+class _Round(NamedTuple):
+    """A message from every stage to some stage."""
+
+    take: list[int]  # the chunk that each stage sends
+    put: list[int]  # where each stage puts what it gets
+    pairs: list[tuple[int, int]]
+
+
+def _rounds(schedule: Schedule) -> list[_Round]:
+    """C rounds in which virtual stages v, C to a stage in model order, come to stage v mod P.
+
+    Round (v + v // lcm(C, P)) mod C takes one chunk from every stage and brings one to every stage:
+    of C neighbours each has another remainder, and of those with one v mod P each that would have
+    the same has another quotient.
+    """
+    P, C = schedule.stages, schedule.chunks
+    rounds = []
+    for r in range(C):
+        take, put, pairs = [0] * P, [0] * P, []
+        for v in range(C * P):
+            if (v + v // math.lcm(C, P)) % C == r:
+                take[v // C], put[v % P] = v % C, v // P
+                pairs.append((v // C, v % P))
+        rounds.append(_Round(take, put, pairs))
+    return rounds
+
+
+def _exchanged(chunks: Any, rounds: Sequence[_Round]) -> Any:
+    stage = index(Axis.PP)
+
+    def one(leaf: Any) -> Any:
+        out = jnp.zeros_like(leaf)
+        for take, put, pairs in rounds:
+            got = jax.lax.ppermute(leaf[jnp.asarray(take)[stage]], Axis.PP.value, pairs)
+            out = out.at[jnp.asarray(put)[stage]].set(got)
+        return out
+
+    return jax.tree.map(one, chunks)
 
 
 def _with_layers(params: Params, layers: Any) -> Params:

@@ -30,7 +30,7 @@ from parallel.mesh import Axis, ensure_varying, index
 from parallel.model import Options, Rows
 from parallel.pipeline import run
 from parallel.pipeline.schedule import Schedule
-from parallel.pipeline.stages import even, order
+from parallel.pipeline.stages import collected, even, order, spread
 
 
 def local_gradients(
@@ -38,13 +38,14 @@ def local_gradients(
     options: Options,
     schedule: Schedule,
     layers: Sequence[int] | None = None,
+    in_order: bool = False,
 ) -> LocalGradients:
     """Forward and backward of a device's rows through its stage, without a reduction.
 
-    Parameters come in the order of `stages.to_stages`; `layers` says how many each virtual stage
-    holds, by default as many as each other one, and the layout is of their places. Raises UserError
-    where the schedule does not fit the mesh, the model or `options.accumulate`, which must be its
-    number of microbatches.
+    Parameters come in the order of `stages.to_stages`, or `in_order` of the model; `layers` says
+    how many each virtual stage holds, by default as many as each other one, and the layout is of
+    their places. Raises UserError where the schedule does not fit the mesh, the model or
+    `options.accumulate`, which must be its number of microbatches.
     """
     config = layout.config
     _check(layout, options, schedule)
@@ -57,9 +58,12 @@ def local_gradients(
         count = model.count_of(rows)
         compute = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
         compute = model.cast_varying(compute, options)
-        chunked = jax.tree.map(
-            lambda leaf: leaf.reshape(schedule.chunks, -1, *leaf.shape[1:]), compute.layers
-        )
+        if in_order:
+            chunked = spread(compute.layers, schedule)
+        else:
+            chunked = jax.tree.map(
+                lambda leaf: leaf.reshape(schedule.chunks, -1, *leaf.shape[1:]), compute.layers
+            )
         here = ensure_varying(jnp.asarray(real, jnp.float32)[index(Axis.PP)], Axis)  # [C, places]
 
         def body(chunk: tuple[Layer, Array], x: Array, rows: Rows) -> Array:
@@ -88,6 +92,8 @@ def local_gradients(
         sums, (of_layers, _), of_shared = run.gradients(
             schedule, whole, (chunked, here), shared, parts
         )
+        if in_order:
+            of_layers = collected(of_layers, schedule)
         of_layers = jax.tree.map(lambda g, leaf: g.reshape(leaf.shape), of_layers, params.layers)
         return sums, _with_layers(of_shared, of_layers)
 

@@ -3,9 +3,11 @@
 import jax
 import pytest
 
-from benchmarks.two_gpus_ledger import bus
+from benchmarks.two_gpus import table
+from benchmarks.two_gpus_ledger import bus, record
 from benchmarks.two_gpus_profile import Kernels, collective_time, hidden, is_message
 from benchmarks.two_gpus_shape import TINY, heard, told
+from jaxinfra.measure import read_all
 
 
 def test_hidden_time_is_what_two_streams_share():
@@ -39,3 +41,27 @@ def test_bandwidths_count_what_must_be_sent():
     assert bus({"seconds": [1.0]}, "ring all_reduce", 10**9) == 1.0
     assert bus({"seconds": [1.0]}, "all_gather", 10**9) == 0.5
     assert TINY.calls(2**31) == 2 and TINY.calls(1) == TINY.most_calls
+
+
+def test_entries_are_written_and_the_table_printed(tmp_path, capsys):
+    """Of a run in which one strategy failed and nothing was traced."""
+    of = lambda s, **more: {"seconds": [s] * 5, "bytes": 10**9, "compile_s": 1.0} | more  # noqa: E731
+    size = TINY.message_bytes[-1]
+    found = {
+        "alone": {"one GPU": of(1.0)},
+        "meshes": {"DP": {"error": "out of memory"}, "FSDP": of(1.05, under=(3, 9))},
+        "torch": {"FSDP2": of(1.2, torch="2", transformers="5")},
+        "plan": {"tp=2": of(1.1, predicted_s=1.0, predicted_bytes=1, remat=True, accumulate=1),
+                 "fsdp=2": of(1.0, predicted_s=1.2, predicted_bytes=1, remat=True, accumulate=1)},
+        "collectives": {f"all_reduce {size}": of(0.1), f"ring all_reduce {size}": of(0.2)},
+        "torch collectives": {f"all_reduce {size}": of(0.1)},
+    }  # fmt: skip
+    record(found, TINY, tmp_path)
+    entries = {entry.name: entry for entry in read_all(tmp_path)}
+    assert entries["two-gpus-train-qwen3-1-7b"].ratio == pytest.approx(1.2 / 1.05)
+    assert entries["two-gpus-scaling-fsdp"].ratio == pytest.approx(2 / 1.05)
+    assert entries["two-gpus-plan"].ratio == pytest.approx(1 / 1.1)
+    assert entries["two-gpus-all-reduce"].extra["collectives"][f"ring all_reduce {size}"] > 0
+    table(found, TINY)
+    told = capsys.readouterr().out
+    assert "out of memory" in told and "3/9" in told and "predicted 1000.0 ms" in told

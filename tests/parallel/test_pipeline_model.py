@@ -1,11 +1,13 @@
 """The model through a pipeline against one device, alone and with every other axis."""
 
+import jax.numpy as jnp
 import pytest
 
 from jaxinfra.errors import UserError
 from jaxinfra.model import presets
-from parallel.pipeline import stages
+from parallel.pipeline import stages, train
 from parallel.pipeline.schedule import make
+from parallel.train import Strategy, build
 from tests.parallel import runs, tiny
 from tests.parallel.emulated import cases, relative
 from tests.parallel.runs import differences, trained
@@ -42,6 +44,33 @@ def test_layers_that_are_in_other_places_are_rejected(monkeypatch):
     monkeypatch.setattr(runs, "to_stages", lambda params, *_: params)
     found = trained("qwen3", "pp=2", "dp", schedule="interleaved", accumulate=2)
     assert differences(found, tiny.one_device("qwen3"))["gradients"] > 1e-2
+
+
+def in_order(mesh, **fields):
+    """A run whose parameters stay in the model's order, as `jaxinfra train` has it."""
+    tx = tiny.optimizer()
+    layout, step, specs = build(
+        Strategy(mesh, schedule="interleaved", **fields), tiny.QWEN, tx, dtype=jnp.float32,
+        accumulate=2,
+    )  # fmt: skip
+    state = layout.place(tiny.start(tiny.QWEN), specs)
+    return differences(tiny.run(step, state), tiny.one_device("qwen3"))
+
+
+def test_chunks_are_sent_to_their_stages_and_back(monkeypatch):
+    found = in_order("pp=2,dp=2", zero=2)
+    assert max(found.values()) < 1e-5, found
+    monkeypatch.setattr(train, "collected", lambda chunks, _: chunks)
+    assert in_order("pp=2")["gradients"] > 1e-2
+
+
+@pytest.mark.parametrize(("P", "C"), [(2, 2), (4, 2), (2, 4), (3, 4), (6, 4), (4, 1)])
+def test_every_round_takes_one_chunk_from_and_to_every_stage(P, C):
+    at = {}
+    for take, put, pairs in stages._rounds(make("interleaved", P, P, C)):
+        assert sorted(a for a, _ in pairs) == sorted(b for _, b in pairs) == list(range(P))
+        at |= {(b, put[b]): a * C + take[a] for a, b in pairs}
+    assert at == {(v % P, v // P): v for v in range(C * P)}
 
 
 def test_the_last_stage_gets_fewer_layers():
