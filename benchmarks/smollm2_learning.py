@@ -99,7 +99,7 @@ class Bench:
         self.model = load(args.model)
         self.config = RLConfig(
             prompts=args.prompts, group_size=8, max_new_tokens=NEW,
-            stop_id=self.model.tokenizer.eos_ids[0],
+            stop_id=self.model.tokenizer.eos_ids[0], remat="matmuls",
             optimizer=OptimizerConfig(
                 learning_rate=args.rate, warmup_steps=5, final_fraction=1.0, weight_decay=0.0,
                 b2=0.99,
