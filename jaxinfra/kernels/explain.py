@@ -29,6 +29,8 @@ TOLD = {  # whose modules say it all
     "grouped": ("grouped_matmul.mosaic_gpu", "grouped_matmul.mosaic_gpu_wgrad"),
     "quantised": ("quantised_matmul.mosaic_gpu", "quantised_matmul.triton"),
     "decode-layer": ("decode_layer.triton",),
+    "norm": ("rms_norm.product", "rms_norm.triton"),
+    "rope": ("norm_rope.product", "norm_rope.triton"),
 }  # fmt: skip
 NAMES = (
     *LADDERS, *TOLD, *(f"attention.{step}" for step in ATTENTION_STEPS),

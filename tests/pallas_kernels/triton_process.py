@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,24 @@ def ask(module: str, folder: Path, jobs: list[dict]) -> dict[str, np.ndarray]:
     assert done.returncode == 0, done.stderr
     with np.load(answer) as found:
         return dict(found)
+
+
+def each(module: str, folder: Path, jobs: list[dict]) -> list[dict[str, np.ndarray]]:
+    """The arrays that `answer` leaves for each of `jobs`."""
+    found = ask(module, folder, jobs)
+    return [
+        {name.partition(" ")[2]: x for name, x in found.items() if name.startswith(f"{i} ")}
+        for i in range(len(jobs))
+    ]
+
+
+def answer(package: Any, task: dict[str, Any], run: Callable[[dict], dict[str, Any]]) -> None:
+    """The other side: leaves what `run` gives of each job, whose mistake is planted."""
+    answers = {}
+    for number, job in enumerate(task["jobs"]):
+        plant(package, task, number, job.get("replace"))
+        answers |= {f"{number} {name}": x for name, x in run(job).items()}
+    np.savez(task["answer"], **answers)
 
 
 def mend() -> dict[str, Any]:
@@ -57,3 +76,18 @@ def plant(package: Any, task: dict[str, Any], number: int, replace: tuple[str, s
         Path(task["answer"]).with_name(f"{name}.py").write_text(text.replace(right, wrong))
         source = importlib.import_module(name)
     package.triton_source = source
+
+
+def stand_in(compat: Any) -> None:
+    """Gives `_triton_compat` a `call` that runs the interpreter on concrete arrays."""
+    import jax.numpy as jnp
+    import torch
+
+    def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, **constants):
+        tensors = [x if isinstance(x, int) else torch.from_numpy(np.array(x)) for x in inputs]
+        kinds = [getattr(torch, out.dtype.name) for out in outputs]
+        made = [torch.full(o.shape, np.nan, dtype=k) for o, k in zip(outputs, kinds, strict=True)]
+        kernel[(programs,)](*tensors, *made, **constants)
+        return [jnp.asarray(out.numpy()) for out in made]
+
+    compat.call = call
