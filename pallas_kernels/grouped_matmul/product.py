@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _compat
+from pallas_kernels import _compat, shards
 from pallas_kernels.grouped_matmul import configs, mosaic_gpu, mosaic_gpu_wgrad, xla
 from pallas_kernels.grouped_matmul.ping_pong import Config
 
@@ -54,7 +54,8 @@ def grouped_matmul(
     Args:
       x, w: one float dtype.
       counts: how many rows each group has, zero or more, at most M together.
-      implementation: one of IMPLEMENTATIONS, or None to choose: "mosaic_gpu" on one Hopper GPU.
+      implementation: one of IMPLEMENTATIONS, or None to choose: "mosaic_gpu" on one Hopper GPU, or
+        on several inside `shard_map`.
       config: the schedule of "mosaic_gpu", of its gradients too; None to choose.
       interpret: runs "mosaic_gpu" on a CPU; `pallas_kernels.interpreter.interpret` gives it.
 
@@ -68,14 +69,15 @@ def grouped_matmul(
         implementation = "mosaic_gpu"
     elif implementation is None:
         reason = supported("mosaic_gpu", x.dtype)
-        if reason is None and jax.device_count() > 1:
+        if reason is None and shards.partitioned():
             reason = "XLA does not partition it; ask for it inside shard_map"
         implementation = "xla" if reason else "mosaic_gpu"
         _log.debug("grouped_matmul %s %s: %s (%s)", x.shape, w.shape, implementation,
                    reason or "it measured faster than XLA")  # fmt: skip
     elif reason := supported(implementation, x.dtype):
         raise ValueError(f"grouped_matmul(implementation={implementation!r}): {reason}")
-    return _grouped(_Call(implementation, config, interpret), x, w, counts)
+    call = _Call(implementation, config, interpret)
+    return _grouped(call, *shards.alike(x, w, counts))
 
 
 def _check(x: Array, w: Array, counts: Array) -> None:
@@ -127,7 +129,7 @@ def _product(call: _Call, x, w, counts, *, transpose_w: bool) -> Array:
     out = mosaic_gpu.grouped_matmul(
         x, w, counts, config=config, transpose_w=transpose_w, interpret=call.interpret
     )
-    return out[:M, :N]
+    return shards.like(out, x)[:M, :N]
 
 
 def _wgrad(call: _Call, x, dy, counts) -> Array:
@@ -138,7 +140,7 @@ def _wgrad(call: _Call, x, dy, counts) -> Array:
     out = mosaic_gpu_wgrad.wgrad(
         _padded(x, 8, 64), _padded(dy, 8, 64), counts, config=config, interpret=call.interpret
     )
-    return out[:, :K, :N]
+    return shards.like(out, x)[:, :K, :N]
 
 
 def _padded(x: Array, *multiples: int) -> Array:
