@@ -33,9 +33,7 @@ TRL: dict[str, dict[str, Any]] = {
         "use_transformers_continuous_batching": True,
         "transformers_continuous_batching_config": {"max_memory_percent": 0.2},
     },
-    "TRL patched, compiled generate": {"cache_implementation": "static"},
 }
-PATCHED = "TRL patched, compiled generate"
 
 
 class Phases:
@@ -79,7 +77,11 @@ def ids_of_prompts(vocab_size: int, rows: int) -> list[list[int]]:
 
 
 def weights(shape: str, folder: Path) -> None:
-    """Writes random weights whose stop token comes once in about MEAN_LENGTH tokens."""
+    """Writes random weights with which a random answer has about MEAN_LENGTH tokens.
+
+    Where it ends is decided by the stop token's row alone: a length of the mean hidden state's
+    direction, found so that answers of random tokens, which such weights draw, end as wanted.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -94,17 +96,23 @@ def weights(shape: str, folder: Path) -> None:
 
     @jax.jit
     def states(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, _ = transformer.hidden(params, config, tokens)
+        x = transformer.hidden(params, config, tokens)[0][:, PROMPT - 1 :]
         others = jax.nn.logsumexp(transformer.head(params, config, x), axis=-1)
-        return x.reshape(-1, config.d_model).astype(jnp.float32), others.reshape(-1)
+        return x.astype(jnp.float32), others
 
-    x, others = map(np.asarray, states(params, jnp.asarray(ids_of_prompts(config.vocab_size, 16))))
-    direction = x.mean(axis=0) / np.linalg.norm(x.mean(axis=0))
+    rows = np.random.default_rng(1).integers(0, config.vocab_size, (8, PROMPT + NEW - 1))
+    x, others = map(np.asarray, states(params, jnp.asarray(rows, jnp.int32)))
+    middle = x.mean(axis=(0, 1))
+    direction = middle / np.linalg.norm(middle)
+
+    def length(scale: float) -> float:
+        ends = np.exp(-np.logaddexp(0, others - scale * (x @ direction)))
+        return float(np.mean(1 + np.sum(np.cumprod(1 - ends[:, :-1], axis=1), axis=1)))
+
     low, high = 0.0, 100.0
     for _ in range(40):
-        middle = (low + high) / 2
-        chance = np.mean(np.exp(-np.logaddexp(0, others - middle * (x @ direction))))
-        low, high = (middle, high) if chance < 1 / MEAN_LENGTH else (low, middle)
+        scale = (low + high) / 2
+        low, high = (low, scale) if length(scale) < MEAN_LENGTH else (scale, high)
     row = jnp.asarray(low * direction, params.embed.dtype)
     embed = params.embed.at[stop_of(config)].set(row)
     safetensors.save(folder, params.replace(embed=embed), config)
@@ -116,7 +124,10 @@ def stop_of(config: Any) -> int:
 
 
 def ours(shape: str, folder: Path) -> None:
-    """Turns of this project: the whole step is one program, compiled before the first turn."""
+    """Turns of this project: the whole step is one program, compiled before the first turn.
+
+    A second program, the rollout alone, compiles while the others get ready.
+    """
     import dataclasses
 
     import jax
@@ -131,7 +142,10 @@ def ours(shape: str, folder: Path) -> None:
 
     model = PRESETS[shape]
     rate = OptimizerConfig(learning_rate=RATE, warmup_steps=0, final_fraction=1.0, weight_decay=0.0)
-    config = RLConfig(prompts=PROMPTS[shape], group_size=GROUP, max_new_tokens=NEW, optimizer=rate)
+    config = RLConfig(
+        prompts=PROMPTS[shape], group_size=GROUP, max_new_tokens=NEW, optimizer=rate,
+        remat="matmuls",
+    )  # fmt: skip
 
     def reward(r: Rollout, _: Problems) -> jax.Array:
         return jnp.sum(r.answer % 2 * r.mask, axis=1) / jnp.maximum(jnp.sum(r.mask, axis=1), 1.0)
@@ -153,17 +167,19 @@ def ours(shape: str, folder: Path) -> None:
     prompts = jnp.asarray(ids_of_prompts(model.vocab_size, 512), jnp.int32)
     problems = {"prompts": prompts, "lengths": jnp.full((512,), PROMPT, jnp.int32)}
     stops = {"off": jnp.int32(-1), "on": jnp.int32(stop_of(model))}
-    start = time.perf_counter()
-    with ThreadPoolExecutor() as pool:
-        programs = [jax.jit(one, donate_argnums=0), jax.jit(drawn)]
-        lowered = [program.lower(state, problems, stops["off"]) for program in programs]
-        step, draw = pool.map(lambda program: program.compile(), lowered)
-    compiled = time.perf_counter() - start
-    phases = Phases()
+    clock = [time.perf_counter()]
+    lowered = jax.jit(one, donate_argnums=0).lower(state, problems, stops["off"])
+    clock.append(time.perf_counter())
+    step = lowered.compile()
+    clock.append(time.perf_counter())
+    traced, compiled = clock[1] - clock[0], clock[2] - clock[1]
+    phases, pool = Phases(), ThreadPoolExecutor()
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
+    drawing = pool.submit(lambda: jax.jit(drawn).lower(shapes, problems, stops["off"]).compile())
 
     def rollout_seconds(stop: jax.Array) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(draw(state, problems, stop))
+        jax.block_until_ready(drawing.result()(state, problems, stop))
         return time.perf_counter() - start
 
     def turn() -> dict:
@@ -177,13 +193,15 @@ def ours(shape: str, folder: Path) -> None:
             seconds = time.perf_counter() - start
             phases.add(phase, seconds, float(told["completions/mean_length"]))
             mismatch.append(float(told["mismatch_kl"]))
+        drawing.result()
         alone = {phase: rollout_seconds(stop) for phase, stop in stops.items()}
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return phases.result(
-            peak_bytes=peak, mismatch_kl=mismatch, compile_s=compiled, rollout_s=alone
-        )
+            peak_bytes=peak, mismatch_kl=mismatch, compile_s=compiled, trace_s=traced,
+            rollout_s=alone,
+        )  # fmt: skip
 
-    serve(turn)
+    serve(turn, ready=lambda: {"ready": True, "trace_s": traced, "compile_s": compiled})
 
 
 def theirs(shape: str, folder: Path, how: str) -> None:
@@ -229,8 +247,6 @@ def theirs(shape: str, folder: Path, how: str) -> None:
         train_dataset=datasets.Dataset(table, fingerprint="prompts"),
         processing_class=words(model_config.vocab_size, stop),
     )  # fmt: skip
-    if how == PATCHED:
-        trainer.generation_config.disable_compile = False
 
     def set_stop(phase: str) -> None:
         ids = [stop] if phase == "on" else [-1]  # the id that no token has
@@ -274,15 +290,14 @@ def theirs(shape: str, folder: Path, how: str) -> None:
                     told.put(phases.result(peak_bytes=peak))
                 self.waiting = self.warm = True
 
-    if how != PATCHED:  # a program is compiled for the length that it will have
-        set_length(8)
+    set_length(8)  # of the step before the first turn
     trainer.add_callback(TakeTurns())
     trainer.train()
 
 
-def serve(turn: Callable[[], dict]) -> None:
+def serve(turn: Callable[[], dict], ready: Callable[[], dict] = lambda: {"ready": True}) -> None:
     """Answers the first line when all is compiled, and every other by a turn."""
-    calls = iter([lambda: {"ready": True}])
+    calls = iter([ready])
     sys.stdout = sys.__stdout__
     answer(lambda: next(calls, turn)())
     os._exit(0)

@@ -1,72 +1,78 @@
 """One GRPO step beside TRL's GRPOTrainer on one GPU: the same weights, prompts, lengths and update.
 
-    python -m benchmarks.grpo_vs_trl            # about four minutes on one H200
-    python -m benchmarks.grpo_vs_trl tiny       # a try on a CPU
+    python -m benchmarks.grpo_vs_trl OUT smollm2-135m      # about four minutes on one H200
+    python -m benchmarks.grpo_vs_trl OUT qwen3-0.6b
+    python -m benchmarks.grpo_vs_trl OUT tiny              # a try on a CPU
 
-16 prompts x 8 answers of SmolLM2-135M's shape and 8 x 8 of Qwen3-0.6B's, 64 + 256 tokens, random
+16 prompts x 8 answers of SmolLM2-135M's shape or 8 x 8 of Qwen3-0.6B's, 64 + 256 tokens, random
 weights in bfloat16, no divergence, one update. TRL generates by `generate` (its default) and by
-transformers' paged continuous batching; a third contestant is `generate` with a static cache that
-is compiled, which GRPOTrainer 1.16 switches off and which is switched on behind its back here.
+transformers' paged continuous batching.
 
 With EOS off every answer has 256 tokens. With EOS on, the stop token's row of the embedding is set
-so that an answer ends at a token with a probability of about 1/100. Each contestant lives in a
-process of its own and they take turns; one that fails is reported and left out.
+so that answers have about 100 tokens. Each contestant lives in a process of its own; ours compiles
+before the others touch the device, no turn begins before all are ready, and they take turns, so
+that nobody computes beside another. One that fails is reported and left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.grpo_contestants import GO, GROUP, NEW, OURS, PATCHED, PROMPT, PROMPTS, TRL
+from benchmarks.grpo_contestants import GO, GROUP, NEW, OURS, PROMPT, PROMPTS, TRL
 from benchmarks.turns import Contestant
 
 MODULE = "benchmarks.grpo_contestants"
 ROUNDS = 3
-READY, ENOUGH, END = 180.0, 220.0, 260.0  # seconds: all compiled, the last turn begun, it ended
-Key = tuple[str, str]  # shape, contestant
-Told = dict[Key, list[dict]]  # the turns of each
+Told = dict[str, list[dict]]  # the turns of each contestant
 
 
-def main(shapes: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """All in turns, then the table and the ledger."""
-    started = time.monotonic()
-    turns: Told = {}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grpo_vs_trl")
+    parser.add_argument("out", type=Path, help="folder of the entries")
+    parser.add_argument("shape", choices=list(PROMPTS))
+    parser.add_argument("--seconds", type=float, default=270.0, help="in all")
+    args = parser.parse_args(argv)
+    started, turns = time.monotonic(), {}
+    passed = lambda: time.monotonic() - started  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "HF_HUB_OFFLINE": "1",
-               "TRL_EXPERIMENTAL_SILENCE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}  # fmt: skip
-        _write_weights([f"{shape}|weights|{folder}" for shape in shapes], os.environ | env)
+               "TRL_EXPERIMENTAL_SILENCE": "1"}  # fmt: skip
+        _write_weights([f"{args.shape}|weights|{folder}"], os.environ | env)
+        print(f"weights after {passed():.0f} s", flush=True)
         at_work = {
-            (shape, name): Contestant(MODULE, f"{shape}|{name}|{folder}", **env)
-            for name in (OURS, *TRL) for shape in shapes
-        }  # fmt: skip
-        for key in list(at_work):  # ours come first
-            if key[1] != OURS:
+            name: Contestant(MODULE, f"{args.shape}|{name}|{folder}", **env)
+            for name in (OURS, *TRL)
+        }
+        for name in list(at_work):  # ours comes first
+            if name != OURS:
                 Path(folder, GO).touch()
-            _turn(at_work, key, started + READY)
-        print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
+            ready = _turn(at_work, name, started + 0.7 * args.seconds)
+            print(f"{name}: {ready} after {passed():.0f} s", flush=True)
         cost = dict.fromkeys(at_work, 0.0)
         for number in range(ROUNDS):
-            for key in list(at_work)[:: 1 if number % 2 == 0 else -1]:
-                begun = time.monotonic()
-                if begun - started + cost[key] > ENOUGH:
+            for name in list(at_work)[:: 1 if number % 2 == 0 else -1]:
+                begun = passed()
+                if begun + cost[name] > 0.9 * args.seconds:
                     continue
-                if result := _turn(at_work, key, started + END):
-                    turns.setdefault(key, []).append(result)
-                    print(*key, result, flush=True)
-                cost[key] = time.monotonic() - begun
+                if result := _turn(at_work, name, started + args.seconds):
+                    turns.setdefault(name, []).append(result)
+                    print(name, result, flush=True)
+                cost[name] = passed() - begun
         for contestant in at_work.values():
             contestant.close()
-    for shape in shapes:
-        record(shape, {name: t for (of, name), t in turns.items() if of == shape})
-    print(f"{time.monotonic() - started:.0f} s in all")
+    record(args.shape, turns, args.out)
+    print(f"{passed():.0f} s in all")
 
 
 def _write_weights(names: list[str], env: dict[str, str]) -> None:
@@ -75,7 +81,7 @@ def _write_weights(names: list[str], env: dict[str, str]) -> None:
         raise RuntimeError("the weights could not be made")
 
 
-def _turn(at_work: dict[Key, Contestant], key: Key, until: float) -> dict | None:
+def _turn(at_work: dict[str, Contestant], key: str, until: float) -> dict | None:
     """A turn of one contestant; one that fails, or is late, is reported and leaves."""
 
     def late(*_: Any) -> None:
@@ -93,7 +99,7 @@ def _turn(at_work: dict[Key, Contestant], key: Key, until: float) -> dict | None
         signal.alarm(0)
 
 
-def record(shape: str, turns: dict[str, list[dict]]) -> None:
+def record(shape: str, turns: Told, out: Path) -> None:
     """Prints a shape's table and writes its two entries: without EOS and with."""
     import torch  # noqa: F401  (so that the conditions name its version)
     import transformers  # noqa: F401
@@ -112,8 +118,8 @@ def record(shape: str, turns: dict[str, list[dict]]) -> None:
                   for n, told in turns.items()}  # fmt: skip
         peers = sorted(
             (name for name in TRL if name in seconds),
-            key=lambda name: (name == PATCHED, median(seconds[name])),
-        )  # the fastest that TRL offers first
+            key=lambda name: median(seconds[name]),
+        )  # the fastest first
         samples = {name: seconds[name] for name in (OURS, *peers)}
         for name, values in samples.items():
             peak = (turns[name][-1]["peak_bytes"] or 0) / 1e9
@@ -124,7 +130,8 @@ def record(shape: str, turns: dict[str, list[dict]]) -> None:
         alone = median(t["rollout_s"][phase] for t in turns[OURS])
         print(
             f"{shape:13s} EOS {phase:3s} mismatch KL of ours, most: {max(mismatch):.2e}; its "
-            f"rollout alone {alone:.3f} s; compiled in {turns[OURS][0]['compile_s']:.0f} s"
+            f"rollout alone {alone:.3f} s; traced in {turns[OURS][0]['trace_s']:.0f} s, "
+            f"compiled in {turns[OURS][0]['compile_s']:.0f} s"
         )
         mine, other = samples[OURS], samples.get(peers[0], []) if peers else []
         work = train_flops_per_token(model, PROMPT + NEW) * answers * (PROMPT + NEW)
@@ -133,7 +140,7 @@ def record(shape: str, turns: dict[str, list[dict]]) -> None:
             name=f"grpo-{shape.replace('.', '-')}-eos-{phase}",
             claim=f"One GRPO step of {PROMPTS[shape]} x {GROUP} answers, {PROMPT} + {NEW} tokens, "
                   f"{shape}'s shape, one GPU, EOS {phase}",
-            command="python -m benchmarks.grpo_vs_trl",
+            command=f"python -m benchmarks.grpo_vs_trl OUT {shape}",
             unit="s a step",
             samples=samples,
             ratio=median(other) / median(mine) if other else None,
@@ -145,16 +152,16 @@ def record(shape: str, turns: dict[str, list[dict]]) -> None:
                    f"prompt, beta 0, one update; mean answers of {tokens[OURS]:.0f} tokens",
             mislead="the ratio is to the fastest generation that TRL 1.16 offers without vLLM, "
                     "which would be faster; the interval is the extremes of the samples; "
-                    f"'{PATCHED}' needs a line against TRL's own; TRL's update has two "
-                    "microbatches, weights and moments in bfloat16, SDPA; random weights",
+                    "TRL's update has two microbatches, weights and moments in bfloat16, SDPA and "
+                    "no recomputation; ours keeps matrix products alone; random weights",
             environment=environment(),
             extra={"mismatch_kl_max": max(mismatch),
                    "peak_bytes": {n: t[-1]["peak_bytes"] for n, t in turns.items()},
                    "mean_tokens": tokens, "compile_s": turns[OURS][0]["compile_s"],
                    "rollout_s": [t["rollout_s"][phase] for t in turns[OURS]]},
         )  # fmt: skip
-        write(entry, os.environ.get("OUT", "benchmarks/results"))
+        write(entry, out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["smollm2-135m", "qwen3-0.6b"])
+    main(sys.argv[1:])
