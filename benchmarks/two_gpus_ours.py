@@ -35,7 +35,7 @@ from parallel.train import Strategy, build
 
 HYPER = OptimizerConfig(learning_rate=1e-4)
 OPTIMIZER = make_optimizer(HYPER, steps=1000)
-UNROLL = 4  # layers a turn of the loop: three of four gathers can run under the layer before
+NO_LOOP = 64  # layers a turn of the loop over them: more than there are
 # Chosen for overlap: instructions are ordered by a model of latencies, so that a message starts as
 # early and ends as late as it can, and the messages of one layer (101 MB in bfloat16) are one.
 HIDING = {
@@ -56,7 +56,7 @@ TRIALS: dict[str, tuple[dict[str, Any], int, str]] = {  # options, layers a turn
     "hiding, pipelined": (HIDING | PIPELINED, 4, "UNKNOWN"),
     "level O1": ({}, 1, "O1"),
     "level O1, 4 layers a turn": (HIDING, 4, "O1"),
-    "hiding, no loop": (HIDING, 28, "UNKNOWN"),
+    "hiding, no loop": (HIDING, NO_LOOP, "UNKNOWN"),
 }
 CHOSEN = HIDING
 
@@ -78,6 +78,8 @@ VARIANTS = {
     "FSDP by annotations": Variant(Strategy("fsdp=2"), annotated=True),
     "TP + SP": Variant(Strategy("tp=2")),
     "PP, 1f1b": Variant(Strategy("pp=2", schedule="1f1b"), accumulate=8),
+    "PP, eager 1f1b": Variant(Strategy("pp=2", schedule="eager-1f1b"), accumulate=8),
+    "PP, interleaved": Variant(Strategy("pp=2", schedule="interleaved"), accumulate=8),
 }
 
 
@@ -87,7 +89,7 @@ def dtype(shape: Shape) -> Any:
 
 
 def prepared(
-    variant: Variant, shape: Shape, unroll: int = UNROLL
+    variant: Variant, shape: Shape, unroll: int = NO_LOOP
 ) -> tuple[Any, TrainState, Callable[[int], dict]]:
     """(step, state, batch of a number) on two devices."""
     options: dict[str, Any] = {
@@ -185,9 +187,8 @@ def alone(shape: Shape) -> None:
         state = create(jax.random.key(0))
         return measured(step, state, lambda i: batches[i % 3], shape, {}, profiled=False)
 
-    layers = shape.config.num_layers
-    tell("one GPU", lambda: of(layers))
-    tell("one GPU, 4 layers a turn", lambda: of(min(UNROLL, layers)))
+    tell("one GPU", lambda: of(shape.config.num_layers))
+    tell("one GPU, 1 layer a turn", lambda: of(1))
 
 
 def meshes(shape: Shape) -> None:
@@ -198,7 +199,7 @@ def meshes(shape: Shape) -> None:
 
 
 def _variant(
-    variant: Variant, shape: Shape, options: dict[str, Any], unroll: int = UNROLL
+    variant: Variant, shape: Shape, options: dict[str, Any], unroll: int = NO_LOOP
 ) -> dict[str, Any]:
     step, state, batch = prepared(variant, shape, unroll)
     return measured(step, state, batch, shape, options)

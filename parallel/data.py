@@ -176,6 +176,7 @@ def annotated(
     step = make_step(
         layout.config, optimizer, schedule, dtype=options.dtype, accumulate=options.accumulate,
         z_loss=options.z_loss, remat=options.remat,
+        unroll=min(options.unroll, layout.config.num_layers),
     )  # fmt: skip
     return _compiled(layout, step, layout.state_specs(optimizer), options)
 

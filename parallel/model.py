@@ -46,7 +46,7 @@ class Options:
     dtype: Any = jnp.float32  # of the computation
     accumulate: int = 1  # parts of a device's rows, one after the other
     remat: str = "full"  # what the backward pass computes again, one of REMAT
-    unroll: int = 1  # layers a turn of their loop: messages of one may run under the one before
+    unroll: int = 1  # layers a turn of their loop, as TrainConfig.unroll
     sequence: bool = True  # under tp, what lies between pairs of matrices is cut by position
     context: str = "ring"  # under cp, one of parallel.context.METHODS
     z_loss: float = 0.0
@@ -199,7 +199,8 @@ def blocks(
                 offload_src="device", offload_dst="pinned_host",
             )  # fmt: skip
         one = jax.checkpoint(one, prevent_cse=False, policy=policy)
-    return jax.lax.scan(one, x, (layers, largest, real), unroll=options.unroll)
+    unroll = min(options.unroll, layers.attn_norm.shape[0])
+    return jax.lax.scan(one, x, (layers, largest, real), unroll=unroll)
 
 
 def loss_sums(

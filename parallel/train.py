@@ -147,7 +147,7 @@ class _Run(loop._Run):
         self.layout, self.inner, specs = build(
             self.strategy, self.model_config, self.optimizer, dtype=dtype,
             accumulate=self.config.accumulate, remat=remat, z_loss=self.config.z_loss,
-            unroll=self.config.unroll,
+            unroll=self.unroll,
         )  # fmt: skip
         places = shardings(self.layout.mesh, specs)
 

@@ -75,8 +75,10 @@ class TrainConfig:
     """Of the computation (parameters are kept in float32); auto: float32 on a CPU."""
     remat: Literal["none", "matmuls", "attention", "full"] = "none"
     """What the backward pass computes again to save memory; full saves most."""
-    unroll: int = 1
-    """Layers a turn of the loop over them: all of them run faster on a GPU and compile longer."""
+    unroll: int = 0
+    """Layers a turn of the loop over them; 0: on a GPU all, where they are no more than 64, else 1.
+
+    Without a loop nothing is copied to stack what each layer keeps for the backward pass."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator (1e-4 in PaLM)."""
     separate_documents: bool = False
@@ -103,10 +105,12 @@ class TrainConfig:
     """Of the first parameters and of the order of the data."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "accumulate", "unroll", "eval_batches",
-                     "keep", "log_every", "checkpoint_every"):  # fmt: skip
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_batches", "keep",
+                     "log_every", "checkpoint_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)}: give 1 or more")
+        if self.unroll < 0:
+            raise UserError(f"train: unroll={self.unroll}: give 1 or more, or 0 to choose")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train: batch_size={self.batch_size} is not a multiple of "

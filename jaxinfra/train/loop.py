@@ -93,10 +93,11 @@ class _Run(Run):
         self.data = open_data(config, self.tokenizer)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         about = _about(config, self.dtype, self.model_config, self.tokenizer, self.data)
-        how = {"steps": config.steps, "remat": config.remat, "unroll": config.unroll}
+        self.unroll = layers_a_turn(config.unroll, self.model_config.num_layers)
+        how = {"steps": config.steps, "remat": config.remat, "unroll": self.unroll}
         self.checkpoints = Checkpoints(self.out / "checkpoints", about, config.keep, how)
         self.state = self._start(make_params)
-        options = {"dtype": self.dtype, "remat": config.remat, "unroll": config.unroll}
+        options = {"dtype": self.dtype, "remat": config.remat, "unroll": self.unroll}
         self.step = make_step(
             self.model_config, self.optimizer, schedule(config.optimizer, config.steps),
             accumulate=config.accumulate, z_loss=config.z_loss, **options,
@@ -168,6 +169,17 @@ class _Run(Run):
         shutil.rmtree(model, ignore_errors=True)
         os.replace(new, model)
         return model
+
+
+def layers_a_turn(asked: int, layers: int) -> int:
+    """Layers a turn of the loop over them, as asked, or chosen where 0 is asked.
+
+    On two H200s the Qwen3-1.7B shape (28 layers) trained 1.18 times as fast without a loop as with
+    4 layers a turn, in half the memory; compiling took 15 s for 5. More than 64 layers keep theirs.
+    """
+    if asked:
+        return min(asked, layers)
+    return layers if jax.default_backend() in ("gpu", "cuda") and layers <= 64 else 1
 
 
 def model_of(config: TrainConfig) -> tuple[ModelConfig, Tokenizer, Callable[[], Params]]:

@@ -74,6 +74,13 @@ def test_a_run_in_half_precision_resumes_with_its_scale(tmp_path):
     assert int(found.state.opt_state.loss.clean) == 3 and int(found.state.skipped) == 0
 
 
+def test_layers_are_written_out_on_a_gpu_unless_there_are_many(monkeypatch):
+    assert loop.layers_a_turn(0, 28) == 1 and loop.layers_a_turn(4, 2) == 2
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loop.layers_a_turn(0, 28) == 28 and loop.layers_a_turn(0, 80) == 1
+    assert loop.layers_a_turn(4, 28) == 4
+
+
 def test_bad_strategies_are_told():
     with pytest.raises(UserError, match="fsdp in the mesh is ZeRO-3"):
         Strategy(zero=3)
