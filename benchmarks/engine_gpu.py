@@ -1,6 +1,6 @@
 """The engine on one GPU: Qwen3-0.6B's shape, random weights, bfloat16.
 
-    python -m benchmarks.engine_gpu            # about ten minutes on one H200, cold
+    python -m benchmarks.engine_gpu            # eight minutes on one H200, and the peer's turns
     python -m benchmarks.engine_gpu single     # one of the loads
 
 Two loads, each in processes of their own. `workload` is nano-vllm's (its bench.py): 256 requests at
@@ -8,7 +8,7 @@ once, seed 0, 142,827 tokens of prompts and 133,966 to answer at temperature 0.6
 `single` is one request, a prompt of 128 and 512 greedy tokens. Rates are output tokens over the
 wall from the first request handed over to the last token; compilation and one warm-up turn are
 outside it, and told apart. Transformers' continuous batching has its turns behind ours, in the same
-run (`benchmarks.engine_gpu_peer`).
+run (`benchmarks.engine_gpu_peer`; it ran on a CPU, its turns on a GPU were not yet waited for).
 """
 
 from __future__ import annotations
