@@ -2,8 +2,8 @@
 
 Each contrast is a module that runs alone, `python -m contrast.capture`: it has a CLAIM, a function
 for each framework that returns plain facts, and a `main` that prints them side by side. Counts and
-bytes are exact and tested; times are recorded. `python -m contrast.gpu OUT` measures those that need
-a GPU. PyTorch is an extra: pip install 'jaxinfra[torch]'.
+bytes are exact and tested; times are recorded. `python -m contrast.gpu OUT` measures what
+needs a GPU. PyTorch is an extra: pip install 'jaxinfra[torch]'.
 """
 
 NAMES = {

@@ -23,8 +23,8 @@ from contrast import peer
 from contrast.show import Facts, side_by_side
 
 CLAIM = (
-    "JAX captures a whole program or refuses; Dynamo captures what it can, and guards or re- "
-    "runs the rest."
+    "JAX captures a whole program or refuses; Dynamo captures what it can, and guards or "
+    "re-runs the rest."
 )
 CALLS = 3
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import socket
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,11 +37,21 @@ PARAMETERS = L * D * D * 4  # bytes
 BUCKET_MB = 0.04  # DDP's buckets, so that four layers fill more than one
 
 
-def loss(ws: Any, x: Any) -> Any:
-    """Mean square of L layers tanh(x w); ws [L, D, D], x [B, D]."""
-    for i in range(L):
-        x = jnp.tanh(x @ ws[i])
-    return (x**2).mean()
+def loss(ws: Any, x: Any, layer: Callable) -> Any:
+    """Mean square of what L layers make of x [B, D]; ws has a layer's weights in every row."""
+    out, _ = jax.lax.scan(lambda h, w: (layer(h, w), None), x, ws)
+    return (out**2).mean()
+
+
+def plain_layer(h: Any, w: Any) -> Any:
+    """h [B, D] through w [D, D]."""
+    return jnp.tanh(h @ w)
+
+
+@jax.checkpoint
+def gathered_layer(h: Any, w: Any) -> Any:
+    """h [B, D] through w [D / n, D], gathered for it, and gathered again for the backward pass."""
+    return plain_layer(h, jax.lax.all_gather(w, "dp", tiled=True))
 
 
 def in_jax() -> Facts:
@@ -53,17 +64,11 @@ def in_jax() -> Facts:
     x = jax.ShapeDtypeStruct((RANKS * B, D), jnp.float32)
 
     def replicated(ws: Any, x: Any) -> Any:
-        gradients = jax.grad(lambda ws: loss(ws, x))(mesh.ensure_varying(ws, ("dp",)))
-        return jax.lax.pmean(gradients, "dp")
+        mine = mesh.ensure_varying(ws, ("dp",))
+        return jax.lax.pmean(jax.grad(loss)(mine, x, plain_layer), "dp")
 
     def sharded(ws: Any, x: Any) -> Any:
-        def gathered(ws: Any) -> Any:
-            h = x
-            for i in range(L):
-                h = jax.checkpoint(_gathered_layer)(h, ws[i])
-            return (h**2).mean() / RANKS
-
-        return jax.grad(gathered)(ws)
+        return jax.grad(lambda ws: loss(ws, x, gathered_layer) / RANKS)(ws)
 
     facts: dict[str, object] = {}
     for name, function, spec in (
@@ -71,16 +76,13 @@ def in_jax() -> Facts:
         ("sharded (FSDP)", sharded, P(None, "dp")),
     ):
         step = jax.shard_map(function, mesh=over, in_specs=(spec, P("dp")), out_specs=spec)
-        found = totals(census(jax.jit(step).lower(ws, x).compile(), at_least=64))
-        for op, (count, size) in sorted(found.items()):
-            facts[f"{name}: {op}, times and KiB"] = f"{count}, {size / 1024:g}"
+        found = census(jax.jit(step).lower(ws, x).compile(), at_least=64)
+        for op, (count, _) in sorted(totals(found).items()):
+            sent = sum(c.sent for c in found if c.op == op)
+            facts[f"{name}: {op}"] = count
+            facts[f"{name}: {op}, KiB sent"] = sent / 1024
     facts["known before it runs"] = True
     return facts
-
-
-def _gathered_layer(h: Any, w: Any) -> Any:
-    """h [B, D] through a layer whose w [D / n, D] is gathered for it, and again in the backward."""
-    return jnp.tanh(h @ jax.lax.all_gather(w, "dp", tiled=True))
 
 
 def in_torch() -> Facts:
@@ -131,9 +133,7 @@ def _ddp(torch: Any, dist: Any) -> Facts:
     for _ in range(2):  # buckets are put in the order of gradients after the first step
         buckets.clear()
         (wrapped(torch.ones(B, D)) ** 2).mean().backward()
-    return {
-        "replicated (DDP): all-reduce, times and KiB": f"{len(buckets)}, {sum(buckets) / 1024:g}"
-    }
+    return _told("replicated (DDP)", {"allreduce_": buckets})
 
 
 def _fsdp(torch: Any) -> Facts:
@@ -159,17 +159,25 @@ def _fsdp(torch: Any) -> Facts:
     fully_shard(model, mesh=device_mesh)
     with Watch():
         (model(torch.ones(B, D)) ** 2).mean().backward()
-    return {
-        f"sharded (FSDP): {_NAMES.get(op, op)}, times and KiB": f"{len(s)}, {sum(s) / 1024:g}"
-        for op, s in sorted(calls.items())
-    }
+    return _told("sharded (FSDP)", calls)
 
 
+# PyTorch's name: the usual one, and trips around a ring of what is whole, each (n-1)/n of it.
 _NAMES = {
-    "_allgather_base_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "allreduce_": "all-reduce",
+    "_allgather_base_": ("all-gather", 1),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "allreduce_": ("all-reduce", 2),
 }
+
+
+def _told(layout: str, calls: Mapping[str, list[int]]) -> Facts:
+    """Counts, and KiB that a rank sends by an algorithm that sends least, from whole sizes."""
+    facts: dict[str, object] = {}
+    for op, sizes in sorted(calls.items()):
+        name, trips = _NAMES[op]
+        facts[f"{layout}: {name}"] = len(sizes)
+        facts[f"{layout}: {name}, KiB sent"] = trips * (RANKS - 1) / RANKS * sum(sizes) / 1024
+    return facts
 
 
 def main() -> dict[str, Facts]:

@@ -2,8 +2,8 @@
 
 A launch costs the host a few microseconds, and a kernel that takes less than its launch leaves the
 GPU waiting. Both answers record the launches once and replay them: XLA turns parts of a program
-into command buffers by itself, PyTorch captures a stream (`torch.cuda.CUDAGraph`, or `reduce-
-overhead`). A captured graph reads and writes the addresses that it was captured with.
+into command buffers by itself, PyTorch captures a stream (`torch.cuda.CUDAGraph`, or
+`reduce-overhead`). A captured graph reads and writes the addresses that it was captured with.
 
     python -m contrast.graphs               # each side in a process of its own; needs a GPU
 """

@@ -46,15 +46,15 @@ def in_jax() -> Facts:
     """Programs of `jax.jit` over LENGTHS: exact, padded, with one symbolic shape, and by dtype."""
 
     def pooled(x: Any, length: Any) -> Any:
-        seen = jnp.arange(x.shape[0])[:, None] < length
-        return jnp.where(seen, jnp.tanh(x), 0).sum(0) / length
+        seen = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] < length
+        return jnp.where(seen, jnp.tanh(x), 0).sum(0) / length.astype(x.dtype)
 
     inputs = [np.ones((length, D), np.float32) for length in LENGTHS]
     exact, padded = jax.jit(lambda x: jnp.tanh(x).mean(0)), jax.jit(pooled)
     worst = 0.0
     for x in inputs:
         rows = np.pad(x, ((0, buckets(len(x)) - len(x)), (0, 0)))
-        worst = max(worst, float(abs(exact(x) - padded(rows, np.float32(len(x)))).max()))
+        worst = max(worst, float(abs(exact(x) - padded(rows, np.int32(len(x)))).max()))
     (t,) = export.symbolic_shape("t")
     symbolic = export.export(jax.jit(lambda x: jnp.tanh(x).mean(0)))(
         jax.ShapeDtypeStruct((t, D), jnp.float32)
