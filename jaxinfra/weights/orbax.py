@@ -86,8 +86,8 @@ def load(path: str | Path, dtype: Any, sharding: Any = None) -> Params:
     `sharding`: None for the default device, one `jax.sharding.Sharding` for all arrays, or a tree
     of them like Params; each device reads its own part. One array is read at a time, yet that one
     is there twice, and orbax keeps a cache of 100 MB: host memory grew by 1.30 times a model of 2.4
-    GB, 1.5 times one of 538 MB (measured once). Raises UserError naming the folder when it is no such checkpoint or a damaged
-    one, and when arrays are not those of its config.
+    GB, 1.5 times one of 538 MB (measured once). Raises UserError naming the folder when it is no
+    such checkpoint or a damaged one, and when arrays are not those of its config.
     """
     path = Path(path).absolute()
     config = read_config(path)
