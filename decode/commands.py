@@ -27,6 +27,7 @@ def serve(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     keys: Path | None = None,
     drain: int = 60,
+    disaggregate: bool = False,
     offline: bool = False,
     engine: OmitArgPrefixes[EngineConfig] = EngineConfig(),  # noqa: B008 (immutable)
 ) -> None:
@@ -40,10 +41,13 @@ def serve(
       dtype: of the weights; by default bfloat16 on an accelerator, float32 on a CPU.
       keys: a JSON file {tenant: key}; without it, and without JAXINFRA_API_KEY, none is asked.
       drain: seconds for the answers under way when told to end.
+      disaggregate: one engine for prompts, another for answers; of several GPUs each has one.
       offline: use only what is on this machine.
     """
     from decode.server.app import Settings
     from decode.server.run import run
+    from decode.server.transport import InProcess
+    from decode.server.two_engines import HALVES, TwoEngines
     from jaxinfra.text import Tokenizer
     from jaxinfra.weights.pull import pull
 
@@ -52,14 +56,31 @@ def serve(
         draft = str(pull(engine.draft_model, offline=offline))
         engine = dataclasses.replace(engine, draft_model=draft)
     settings = Settings(name or model, _keys(keys), version=version("jaxinfra"))
-    build = functools.partial(_engine, str(path), engine, dtype)
-    run(build, Tokenizer.from_path(path), settings, host=host, port=port, drain=drain)
+    if disaggregate:
+        if engine.tp > 1 or not engine.prefix_cache:
+            raise UserError("serve: disaggregate needs the prefix cache, and pages uncut: no tp")
+        halves = (functools.partial(_half, str(path), engine, dtype, kind) for kind in HALVES)
+        spawn = functools.partial(TwoEngines, *halves)
+    else:
+        spawn = functools.partial(InProcess, functools.partial(_engine, str(path), engine, dtype))
+    run(spawn, Tokenizer.from_path(path), settings, host=host, port=port, drain=drain)
 
 
 def _engine(path: str, config: EngineConfig, dtype: str | None) -> Any:
     from decode.engine import Engine
 
     return Engine.load(path, config, dtype=dtype, offline=True)
+
+
+def _half(path: str, config: EngineConfig, dtype: str | None, kind: str, folder: Path) -> Any:
+    from decode.server.two_engines import take_gpu
+
+    take_gpu(kind)
+    from decode import handover
+
+    made = getattr(handover, kind).load(path, config, dtype=dtype, offline=True)
+    made.carry(folder)
+    return made
 
 
 def _keys(path: Path | None) -> dict[str, str]:

@@ -10,20 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
-from typing import Any
 
 import uvicorn
 
 from decode.server.app import Settings, app
-from decode.server.link import Link
-from decode.server.transport import InProcess
+from decode.server.link import Link, Spawn
 from jaxinfra.errors import UserError
 from jaxinfra.text import Tokenizer
 
 
 def run(
-    build: Callable[[], Any],
+    spawn: Spawn,
     tokenizer: Tokenizer,
     settings: Settings,
     *,
@@ -31,19 +28,19 @@ def run(
     port: int = 8000,
     drain: int = 60,
 ) -> None:
-    """Serves until told to end. `build` makes the engine, in a process of its own: it must pickle.
+    """Serves until told to end. `spawn` starts the engine, in a process of its own.
 
     Raises UserError when the address is taken, or the engine does not come up or stay up.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    asyncio.run(_serve(build, tokenizer, settings, host, port, drain))
+    asyncio.run(_serve(spawn, tokenizer, settings, host, port, drain))
 
 
 async def _serve(
-    build: Callable[[], Any], tokenizer: Tokenizer, settings: Settings, host: str, port: int,
+    spawn: Spawn, tokenizer: Tokenizer, settings: Settings, host: str, port: int,
     drain: int,
 ) -> None:  # fmt: skip
-    link = Link(lambda hear: InProcess(build, hear))
+    link = Link(spawn)
     config = uvicorn.Config(
         app(link, tokenizer, settings), log_level="warning", timeout_graceful_shutdown=drain,
         lifespan="on",

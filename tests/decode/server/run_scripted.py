@@ -1,9 +1,11 @@
 """A whole server with a scripted engine, to be started as a process: run_scripted.py [broken]."""
 
+import functools
 import sys
 
 from decode.server.app import Settings
 from decode.server.run import run
+from decode.server.transport import InProcess
 from jaxinfra.errors import UserError
 from tests.decode.server.scripted import TOKENIZER, build_slow
 
@@ -16,6 +18,6 @@ def broken():
 if __name__ == "__main__":
     build = broken if "broken" in sys.argv else build_slow
     try:
-        run(build, TOKENIZER, Settings("m"), port=0, drain=20)
+        run(functools.partial(InProcess, build), TOKENIZER, Settings("m"), port=0, drain=20)
     except UserError as error:
         sys.exit(str(error))
