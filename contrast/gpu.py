@@ -58,11 +58,12 @@ def replayed() -> Entry:
     order = ["JAX, jit", "PyTorch, captured", "PyTorch, eager"]
     names = [*[n for n in order if n in good], *[n for n in good if n not in order]]
     return entry(
-        "small-kernels", "64 dependent products of 256 x 256, float32, one call", "µs",
+        "small-kernels", "64 dependent products of 256 x 256, float32, one call: JAX, jit", "µs",
         {name: good[name]["wall"] for name in names},
         inputs="a normal and an orthogonal matrix; each framework in a process of its own",
         mislead="the products' algorithms differ: JAX's default is TensorFloat-32, PyTorch's full "
-        "float32; the processes ran one after the other, not in turns",
+        "float32; the processes ran one after the other, not in turns; Kineto does not show the "
+        "driver's own launch of a graph, which XLA uses",
         extra={
             "µs until the call returned": {n: median(good[n]["host"]) for n in names},
             "launches": {n: good[n].get("launches") for n in names},
@@ -79,7 +80,7 @@ def host_cost() -> Entry:
             samples[f"{side.name}, {name}"] = values
     order = ["JAX, compiled", "PyTorch, compiled", "JAX, as written", "PyTorch, as written"]
     return entry(
-        "host-cost", "Until a call of 16 small operations returned, nothing else queued", "µs",
+        "host-cost", "Until a call of 16 small operations returned: JAX, compiled", "µs",
         {name: samples[name] for name in order},
         inputs="a chain of multiplications and additions of an 8 x 8 matrix",
         mislead="PyTorch's compiled chain replays a CUDA graph and copies its input; a model's "
@@ -103,10 +104,11 @@ def ahead(n: int, steps: int, large: int) -> Entry:
     first = ["JAX, until done", "JAX, until done, a value read each step"]
     samples = {name: samples[name] for name in [*first, *(n for n in samples if n not in first)]}
     return entry(
-        "run-ahead", f"{steps} dependent products of {n:,} cubed, float32 by TensorFloat-32", "ms",
+        "run-ahead", f"{steps} dependent products of {n:,} cubed, TensorFloat-32: JAX, no value read", "ms",
         samples, inputs=f"every number 1 / {n}",
         mislead="the ratio is of reading no value to reading one each step within JAX, not of the "
-        "two frameworks; constant inputs draw less power than random ones",
+        "two frameworks; taking one number of an array is an operation in itself, dearer in JAX; "
+        "constant inputs draw less power than random ones",
         extra={"queue": depth},
     )  # fmt: skip
 
@@ -141,7 +143,7 @@ def fused(T: int, D: int) -> Entry:
     chip = detect.here()
     least = 2 * (2 * T * D + D) / chip.bandwidth
     return entry(
-        "fusion", f"silu(rms_norm(x) g) of {T:,} x {D:,}, bfloat16", "µs", samples,
+        "fusion", f"silu(rms_norm(x) g) of {T:,} x {D:,}, bfloat16: XLA", "µs", samples,
         roofline=1e6 * least / median(samples["XLA"]),
         roof=f"{chip.bandwidth / 1e12:.2f} TB/s of copy bandwidth measured in this run",
         inputs=f"normal; seconds of the device: {method}",
@@ -173,7 +175,7 @@ def triton() -> Entry:
     samples = {side: list(facts[keys[0]]) for side, facts in timed.items()}
     M, N, K = one_triton_source.SHAPE
     return entry(
-        "triton-source", f"One Triton matmul, {M:,} x {N:,} x {K:,}, bfloat16, from both", "µs",
+        "triton-source", f"One Triton matmul, {M:,} x {N:,} x {K:,}, bfloat16: from JAX", "µs",
         samples, roof="none: the same kernel",
         inputs="normal; seconds of the device by CUPTI",
         mislead="the kernel is not the fastest here (see the matmul ladder); jax-triton and "
@@ -199,8 +201,8 @@ def errors() -> Entry:
         if isinstance(value, float)
     }
     return entry(
-        "precision", "Error of a product [64, 512] x [512, 64] against float64", "ULP", samples,
-        inputs="normal, seed 0; root mean square, in ULPs of float32 at the values' own RMS",
+        "precision", "Error of a float32 product [64, 512] x [512, 64]: JAX, by default", "ULP", samples,
+        inputs="normal, seed 0; against float64, root mean square, in ULPs of float32 at the values' own RMS",
         mislead="one shape and one seed; the algorithm chosen for another shape may differ",
         extra={side: {k: str(v) for k, v in f.items()} for side, f in sides.items()},
     )  # fmt: skip
@@ -210,9 +212,9 @@ def holes() -> Entry:
     """What fragmentation costs the caching allocator."""
     found: dict[str, Any] = dict(memory.fragmentation())
     return entry(
-        "allocator", "One request of half of what is free, every second block freed before", "MiB",
+        "allocator", "Taken from the driver for half of what lies free in holes: PyTorch", "MiB",
         {"PyTorch's allocator, taken anew": [found["MiB taken from the driver for it"]]},
-        inputs="64 blocks of 1 MiB", roof="none: bytes",
+        inputs="64 blocks of 1 MiB, every second freed, then one request", roof="none: bytes",
         mislead="a pattern made to leave holes; XLA's allocator was not asked, a jitted program "
         "asks once for all it needs",
         extra=found,
@@ -224,6 +226,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m contrast.gpu")
     parser.add_argument("out", help="folder of the entries")
     out = parser.parse_args(argv).out
+    peer.torch()  # its version belongs to the conditions of every entry
     gpu = jax.default_backend() == "gpu"
     parts: dict[str, Callable[[], Entry]] = {
         "replayed graphs": replayed,

@@ -61,7 +61,11 @@ def measure(call: Callable[[], Any], wait: Callable[[Any], Any], times: int = TI
 
 
 def launches(call: Callable[[], Any], wait: Callable[[Any], Any]) -> dict:
-    """Launches of kernels and of graphs that one call asks the driver for, as Kineto sees them."""
+    """Launches of kernels and of graphs that one call asks for, as Kineto sees them.
+
+    It sees launches of graphs through the runtime, as PyTorch's are; XLA's go to the driver itself,
+    and there a replay shows as kernels that nobody launched.
+    """
     try:
         import torch
         from torch.profiler import ProfilerActivity, profile
