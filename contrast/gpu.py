@@ -104,7 +104,8 @@ def ahead(n: int, steps: int, large: int) -> Entry:
     first = ["JAX, until done", "JAX, until done, a value read each step"]
     samples = {name: samples[name] for name in [*first, *(n for n in samples if n not in first)]}
     return entry(
-        "run-ahead", f"{steps} dependent products of {n:,} cubed, TensorFloat-32: JAX, no value read", "ms",
+        "run-ahead",
+        f"{steps} dependent products of {n:,} cubed, TensorFloat-32: JAX, no value read", "ms",
         samples, inputs=f"every number 1 / {n}",
         mislead="the ratio is of reading no value to reading one each step within JAX, not of the "
         "two frameworks; taking one number of an array is an operation in itself, dearer in JAX; "
@@ -201,8 +202,10 @@ def errors() -> Entry:
         if isinstance(value, float)
     }
     return entry(
-        "precision", "Error of a float32 product [64, 512] x [512, 64]: JAX, by default", "ULP", samples,
-        inputs="normal, seed 0; against float64, root mean square, in ULPs of float32 at the values' own RMS",
+        "precision", "Error of a float32 product [64, 512] x [512, 64]: JAX, by default", "ULP",
+        samples,
+        inputs="normal, seed 0; against float64, root mean square, in ULPs of float32 at the "
+        "values' own RMS",
         mislead="one shape and one seed; the algorithm chosen for another shape may differ",
         extra={side: {k: str(v) for k, v in f.items()} for side, f in sides.items()},
     )  # fmt: skip

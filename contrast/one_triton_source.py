@@ -3,8 +3,8 @@
 `pallas_kernels/matmul/triton_source.py` knows neither framework. PyTorch launches it where Python
 calls it, on the current stream, into tensors that exist. JAX compiles it when it lowers the
 program, and XLA launches it as one of the program's own kernels, into buffers of its plan. So the
-device takes as long, and the host differs: for one kernel, Triton's launcher from PyTorch costs less
-than the call of a jitted program; of many kernels, the program is still one call. Neither
+device takes as long, and the host differs: for one kernel, Triton's launcher from PyTorch costs
+less than the call of a jitted program; of many kernels, the program is still one call. Neither
 framework can derive it.
 
     python -m contrast.one_triton_source    # on a GPU; on a CPU PyTorch's side is interpreted
