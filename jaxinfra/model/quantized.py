@@ -31,6 +31,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int8, UInt8
 
+from pallas_kernels import weight_matmul
+
 # Rows up to which groups of int8 are multiplied one by one on a CPU; beyond, the matrix of floats
 # that is written out first costs less than the sums of every group.
 FEW_ROWS = 2
@@ -115,6 +117,8 @@ def product(x: Float[Array, "B T i"], w: QuantizedMatrix, dtype: Any) -> Float[A
         y = _along_memory(rows, w)
     elif backend == "cpu" and _worth_integers(rows.shape[0], w):
         y = _by_integers(rows, integers(w))
+    elif backend == "gpu" and w.values.dtype != jnp.float8_e4m3fn:
+        y = weight_matmul(rows, w.values, w.scales, dtype=dtype)
     else:
         matrix = dequantize(w).astype(x.dtype)
         y = jnp.einsum("ri,oi->ro", rows, matrix, preferred_element_type=jnp.float32)

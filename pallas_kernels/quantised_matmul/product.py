@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt8
 
 from pallas_kernels import _compat
+from pallas_kernels.batching import unmapped
 from pallas_kernels.quantised_matmul import mosaic_gpu, triton, xla
 from pallas_kernels.quantised_matmul.formats import BLOCK, FP8
 
@@ -74,7 +76,7 @@ def fp8_matmul(
     if interpret:
         implementation = "mosaic_gpu"
     else:
-        implementation = _choose("fp8_matmul", implementation, "mosaic_gpu", a.dtype, {}, True)
+        implementation = _choose("fp8_matmul", implementation, "mosaic_gpu", a.dtype, {}, None)
     if implementation == "xla":
         return xla.fp8_matmul(a, b, a_scale, b_scale, dtype)
     M, N = a.shape[0], b.shape[0]
@@ -94,6 +96,7 @@ def weight_matmul(
     values: Int8[Array, "g N n"] | UInt8[Array, "g N m"],
     scales: Float[Array, "g N"],
     *,
+    dtype: Any = None,
     implementation: str | None = None,
     tiles: triton.Tiles | None = None,
 ) -> Float[Array, "M N"]:
@@ -103,30 +106,53 @@ def weight_matmul(
       x: floats.
       values: int8, or uint8 with two numbers of 4 bits a byte; `formats.integers` makes them. K is
         g n, and n = 2 m.
-      implementation: "triton", for 64 rows of 16-bit floats at most, "xla", or None to choose,
-        which is "xla" everywhere until the other is timed on a chip.
+      dtype: of the result; x's if None.
+      implementation: "triton", for 64 rows of 16-bit floats at most, "xla", or None to choose:
+        "triton" for 2 to 64 rows on one NVIDIA GPU, as it measured faster on an H200.
       tiles: of "triton"; None to choose.
 
-    Differentiable in x by "xla" alone.
+    Differentiable in x and scales; the gradient is XLA's, and so is the product under `jax.vmap`.
 
     Raises ValueError: shapes or dtypes that do not fit, or an implementation that refuses.
     """
     group = _check_weight(x, values, scales)
     facts = {"rows": x.shape[0], "group": group}
-    implementation = _choose("weight_matmul", implementation, "triton", x.dtype, facts, False)
+    slower = "XLA measured faster for a lone row" if x.shape[0] == 1 else None
+    implementation = _choose("weight_matmul", implementation, "triton", x.dtype, facts, slower)
     if implementation == "xla":
-        return xla.weight_matmul(x, values, scales)
-    return triton.weight_matmul(x, values, scales, tiles=tiles)
+        return xla.weight_matmul(x, values, scales, dtype=dtype)
+    return _by_triton((dtype or x.dtype, tiles), x, values, scales)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_triton(options: tuple[Any, triton.Tiles | None], x, values, scales):
+    dtype, tiles = options
+    kernel = functools.partial(triton.weight_matmul, dtype=dtype, tiles=tiles)
+    plain = functools.partial(xla.weight_matmul, dtype=dtype)
+    return unmapped(kernel, plain)(x, values, scales)
+
+
+def _forward(options, x, values, scales):
+    return _by_triton(options, x, values, scales), (x, values, scales)
+
+
+def _backward(options, kept, dy):
+    x, values, scales = kept
+    dtype, _ = options
+    of = functools.partial(xla.weight_matmul, dtype=dtype)
+    dx, dscales = jax.vjp(lambda x, scales: of(x, values, scales), x, scales)[1](dy)
+    return dx, None, dscales
+
+
+_by_triton.defvjp(_forward, _backward)
 
 
 def _choose(
-    product: str, asked: str | None, kernel: str, dtype: Any, facts: Any, timed: bool
+    product: str, asked: str | None, kernel: str, dtype: Any, facts: Any, slower: str | None
 ) -> str:
-    """`timed`: whether `kernel` measured faster than XLA on a chip."""
+    """`slower`: why `kernel` is left where it could be taken."""
     if asked is None:
-        reason = supported(kernel, dtype, **facts)
-        if reason is None and not timed:
-            reason = "no shape was timed on a chip yet"
+        reason = supported(kernel, dtype, **facts) or slower
         if reason is None and jax.device_count() > 1:
             reason = "XLA does not partition it; ask for it inside shard_map"
         _log.debug("%s: %s", product, kernel if reason is None else f"xla; {kernel}: {reason}")

@@ -38,7 +38,10 @@ def weight_matmul(
     x: Float[Array, "M K"],
     values: Int8[Array, "g N n"] | UInt8[Array, "g N m"],
     scales: Float[Array, "g N"],
+    *,
+    dtype: Any = None,
 ) -> Float[Array, "M N"]:
-    """The specification's result, of weights that are rounded to x's dtype."""
+    """The specification's result in `dtype` or x's, of weights that are rounded to x's dtype."""
     w = reference.weight_floats(values, scales).astype(x.dtype)
-    return lax.dot_general(x, w, _NT, preferred_element_type=jnp.float32).astype(x.dtype)
+    out = lax.dot_general(x, w, _NT, preferred_element_type=jnp.float32)
+    return out.astype(dtype or x.dtype)

@@ -20,10 +20,12 @@ from pallas_kernels.quantised_matmul import (
     fp8_tensor,
     integers,
     mosaic_gpu,
+    product,
     reference,
     supported,
     triton,
     weight_matmul,
+    xla,
 )
 from pallas_kernels.quantised_matmul.mosaic_gpu import Config
 
@@ -127,6 +129,37 @@ def test_a_product_with_weights_has_a_gradient():
     found = jax.grad(lambda x: jnp.sum(weight_matmul(x, values, scales)))(x)
     wanted = jnp.sum(reference.weight_floats(values, scales), axis=0)
     np.testing.assert_allclose(found, jnp.broadcast_to(wanted, x.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_the_kernel_is_chosen_for_few_rows_with_xlas_gradient(monkeypatch, rows):
+    calls = []
+
+    def kernel(x, values, scales, *, dtype, tiles):
+        calls.append(dtype)
+        return 2 * xla.weight_matmul(x, values, scales, dtype=dtype)  # the 2 shows who multiplied
+
+    monkeypatch.setattr(product, "supported", lambda *_, **__: None)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(triton, "weight_matmul", kernel)
+    values, scales = integers(draw(8, 64, seed=1), 8, 32)
+    of = functools.partial(weight_matmul, values=values, scales=scales, dtype=jnp.float32)
+    plain = functools.partial(of, implementation="xla")
+    x, dy = draw(rows, 64, dtype=jnp.bfloat16), draw(rows, 8, seed=2)
+    (out, pull), (want, want_pull) = jax.vjp(of, x), jax.vjp(plain, x)
+    np.testing.assert_allclose(out, (1 if rows == 1 else 2) * want, rtol=1e-6)
+    assert calls == [] if rows == 1 else set(calls) == {jnp.float32}
+    slope, wanted = (np.asarray(back(dy)[0], np.float32) for back in (pull, want_pull))
+    np.testing.assert_array_equal(slope, wanted)
+    several = jnp.stack([x, x])
+    np.testing.assert_allclose(jax.vmap(of)(several), jax.vmap(plain)(several), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tiles_of_large_matrices_have_fewer_splits(bits):
+    few, many = (triton.choose(16, N, bits) for N in (4096, 151_936))
+    assert many.splits == 1 and (few.splits or 0) > 1
+    assert (few.block_n, few.num_warps) == (many.block_n, many.num_warps)
 
 
 # The kernel on Hopper: kind of scales, M, N, K, the schedule.
