@@ -23,7 +23,7 @@ from jaxinfra.model import moe, quantized, rope
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.low_rank import product
 from jaxinfra.model.params import Attention, Layer, MoE, Params
-from pallas_kernels.flash_attention import attention
+from pallas_kernels import add_rms_norm, attention, norm_rope, rms_norm
 
 REMAT = {
     "none": "keep everything that differentiation asks for",
@@ -34,11 +34,16 @@ REMAT = {
 
 
 def norm(x: Float[Array, "... D"], weight: Float[Array, " D"], config: ModelConfig) -> Array:
-    """RMSNorm (arXiv 1910.07467) in x's dtype, computed in float32: so is the weight's gradient."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
-    scale = weight.astype(jnp.float32)
-    return (x32 * (1.0 + scale if config.norm_plus_one else scale)).astype(x.dtype)
+    """RMSNorm in x's dtype, computed in float32: so is the weight's gradient."""
+    return rms_norm(x, weight, eps=config.norm_eps, plus_one=config.norm_plus_one)
+
+
+def add_norm(
+    x: Array, out: Array, post_norm: Array | None, weight: Array, config: ModelConfig
+) -> tuple[Array, Array]:
+    """`residual`, and the next block's `norm` of it."""
+    out = out if post_norm is None else norm(out, post_norm, config)
+    return add_rms_norm(x, out, weight, eps=config.norm_eps, plus_one=config.norm_plus_one)
 
 
 def activation(config: ModelConfig) -> Callable[[Array], Array]:
@@ -62,9 +67,8 @@ def rotate_qk(
     attn: Attention, q: Array, k: Array, config: ModelConfig, cos_sin: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     """Queries and keys after their norms (where the family has them) and rotation."""
-    if config.qk_norm:
-        q, k = norm(q, attn.q_norm, config), norm(k, attn.k_norm, config)
-    return rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
+    norms = (attn.q_norm, attn.k_norm) if config.qk_norm else ()
+    return norm_rope(q, k, *cos_sin, *norms, eps=config.norm_eps, plus_one=config.norm_plus_one)
 
 
 def feed_forward(
@@ -183,8 +187,8 @@ def hidden(
 
     def after(x: Array, out: Array, layer: Layer) -> tuple[Array, moe.Balance | None]:
         out = checkpoint_name(product("btnh,nhd->btd", out, layer.attn.o), "matmul")
-        x = residual(x, out, layer.post_attn_norm, config)
-        out, balance = feed_forward(layer, norm(x, layer.mlp_norm, config), config, real)
+        x, h = add_norm(x, out, layer.post_attn_norm, layer.mlp_norm, config)
+        out, balance = feed_forward(layer, h, config, real)
         return residual(x, out, layer.post_mlp_norm, config), balance
 
     # Attention stands outside these two, so that what its own backward pass needs is kept.
