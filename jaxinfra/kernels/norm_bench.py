@@ -1,10 +1,11 @@
 """Norms behind a residual sum on one NVIDIA GPU: a Triton kernel beside XLA and torch.compile.
 
-    jaxinfra kernels bench norm
+    python -m jaxinfra.kernels.norm_bench [FOLDER]
 
 Contestants take turns in one process, by device time, on normal bfloat16 data; each is first held
 to the specification in float32. Rates are the bytes that must move, read once and written once,
 over the seconds: forward 4 M D numbers, backward 4 M D too. Backward is timed alone, from the sum.
+FOLDER gets the ledger's entries.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
@@ -226,4 +228,4 @@ def _entry(kernel: str, case: Case, seconds: Mapping[str, list[float]], clock: s
 
 
 if __name__ == "__main__":
-    bench()
+    bench(Path(sys.argv[1]) if sys.argv[1:] else None)

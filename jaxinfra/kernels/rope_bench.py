@@ -1,6 +1,6 @@
 """Norms and rotation of heads on one NVIDIA GPU: a Triton kernel beside XLA and torch.compile.
 
-    jaxinfra kernels bench rope
+    python -m jaxinfra.kernels.rope_bench [FOLDER]
 
 As `norm_bench` measures. The bytes that must move are those of q and k read and written, of the
 tables of angles, and backward of what came back besides.
@@ -9,6 +9,7 @@ tables of angles, and backward of what came back besides.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,4 +134,4 @@ def _torch(q, k, cos, sin, weights, slopes=None) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
-    bench()
+    bench(Path(sys.argv[1]) if sys.argv[1:] else None)
