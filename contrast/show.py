@@ -23,7 +23,9 @@ def side_by_side(claim: str, sides: Mapping[str, Callable[[], Facts]]) -> dict[s
             reasons.append(f"{name}: {error}")
     rows = list(dict.fromkeys(row for facts in found.values() for row in facts))
     print(claim)
-    print(table(["", *found], [[row, *(f.get(row, "—") for f in found.values())] for row in rows]))
+    if rows:
+        columns = [[row, *(facts.get(row, "—") for facts in found.values())] for row in rows]
+        print(table(["", *found], columns))
     for reason in reasons:
         print(reason)
     return found

@@ -57,6 +57,7 @@ def test_residuals_are_counted_in_bytes():
     assert orders == sorted(orders) and orders[-1] > 2 * orders[-2] > 4  # no sharing between orders
 
 
+@pytest.mark.slow
 def test_policies_keep_less_and_compute_more():
     found = remat.in_jax()
     kept = [found[f"numbers kept a position and layer: {p}"] for p in remat.POLICIES]
@@ -68,6 +69,7 @@ def test_policies_keep_less_and_compute_more():
     assert loops[0] > loops[1] > loops[2]
 
 
+@pytest.mark.slow
 def test_a_loop_s_program_does_not_grow_with_depth():
     found = compile_cost.in_jax()
     few, many = compile_cost.DEPTHS
