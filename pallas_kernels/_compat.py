@@ -95,6 +95,15 @@ def compute_capability() -> str | None:
     return str(device.compute_capability) if device.platform == "gpu" else None
 
 
+def not_hopper(platform: str) -> str | None:
+    """Why kernels in Mosaic GPU cannot run on arrays there, or None if they can."""
+    if platform not in ("gpu", "cuda"):
+        return f"Mosaic GPU needs an NVIDIA Hopper GPU, and arrays are on {platform}"
+    if (capability := compute_capability()) not in (None, "9.0"):
+        return f"Mosaic GPU's kernels are for compute capability 9.0 (Hopper), not {capability}"
+    return None
+
+
 def multiprocessors(interpret: Any) -> int:
     """Blocks that a persistent kernel starts: one a multiprocessor; two where it is interpreted.
 

@@ -77,10 +77,8 @@ DEFAULT = Schedule()
 
 def refusal(*, platform: str, dtype: Any, D: int, V: int, transpose_w: bool) -> str | None:
     """Why the kernels cannot take this call, or None if they can."""
-    if platform not in ("gpu", "cuda"):
-        return f"Mosaic GPU needs an NVIDIA Hopper GPU, and arrays are on {platform}"
-    if (capability := _compat.compute_capability()) not in (None, "9.0"):
-        return f"Mosaic GPU's kernels are for compute capability 9.0 (Hopper), not {capability}"
+    if reason := _compat.not_hopper(platform):
+        return reason
     return misfit(dtype, D, V, transpose_w)
 
 

@@ -29,10 +29,8 @@ def supported(implementation: str, dtype: Any, *, platform: str | None = None) -
     if implementation != "mosaic_gpu":
         backend = mosaic_tpu if implementation == "mosaic_tpu" else triton
         return backend.refusal(platform=platform, dtype=dtype)
-    if platform not in ("gpu", "cuda"):
-        return f"Mosaic GPU needs an NVIDIA Hopper GPU, and arrays are on {platform}"
-    if (capability := _compat.compute_capability()) not in (None, "9.0"):
-        return f"Mosaic GPU's kernel is for compute capability 9.0 (Hopper), not {capability}"
+    if reason := _compat.not_hopper(platform):
+        return reason
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"Mosaic GPU's kernel multiplies bfloat16 and float16, not {jnp.dtype(dtype).name}"
     return None

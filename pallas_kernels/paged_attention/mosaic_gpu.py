@@ -67,10 +67,8 @@ def refusal(
     **_others,
 ) -> str | None:
     """Why the kernel cannot take this call, or None if it can."""
-    if platform not in ("gpu", "cuda"):
-        return f"Mosaic GPU needs an NVIDIA Hopper GPU, and arrays are on {platform}"
-    if (capability := _compat.compute_capability()) not in (None, "9.0"):
-        return f"Mosaic GPU's kernel is for compute capability 9.0 (Hopper), not {capability}"
+    if reason := _compat.not_hopper(platform):
+        return reason
     return _misfit(dtype, pages_dtype, page, N // K, H, scale, soft_cap)
 
 

@@ -34,10 +34,8 @@ def supported(
     platform = platform or jax.default_backend()
     if implementation == "triton":
         return triton.refusal(platform=platform, dtype=dtype, rows=rows, group=group)
-    if platform not in ("gpu", "cuda"):
-        return f"Mosaic GPU needs an NVIDIA Hopper GPU, and arrays are on {platform}"
-    if (capability := _compat.compute_capability()) not in (None, "9.0"):
-        return f"Mosaic GPU's kernel is for compute capability 9.0 (Hopper), not {capability}"
+    if reason := _compat.not_hopper(platform):
+        return reason
     if dtype != FP8:
         return f"Mosaic GPU's kernel multiplies float8_e4m3fn, not {jnp.dtype(dtype).name}"
     return None

@@ -59,7 +59,7 @@ def operands(name):
 def in_interpreter(folder: Path, job: dict) -> np.ndarray:
     """The product of a job."""
     module = "tests.pallas_kernels.test_quantised_matmul_triton"
-    return triton_process.ask(module, folder, [job])["0"]
+    return triton_process.each(module, folder, [job])[0]["out"]
 
 
 @interpreted
@@ -137,23 +137,13 @@ def test_errors():
 
 
 if __name__ == "__main__":
-    import torch
-
     from pallas_kernels import quantised_matmul
 
-    def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, **constants):
-        """What `_triton_compat.call` does, by the interpreter, on concrete arrays."""
-        tensors = [torch.from_numpy(np.array(x)) for x in inputs]
-        kinds = [getattr(torch, out.dtype.name) for out in outputs]
-        made = [torch.full(o.shape, np.nan, dtype=k) for o, k in zip(outputs, kinds, strict=True)]
-        kernel[(programs,)](*tensors, *made, **constants)
-        return [jnp.asarray(out.numpy()) for out in made]
-
     task = triton_process.mend()
-    backend._triton_compat.call = call
-    (job,) = task["jobs"]
-    triton_process.plant(quantised_matmul, task, 0, job.get("replace"))
-    block_n, block_k, splits = CASES[job["case"]][-1]
-    tiles = backend.Tiles(block_n, block_k, splits)
-    out = backend.weight_matmul(*operands(job["case"]), tiles=tiles)
-    np.savez(task["answer"], **{"0": np.asarray(out)})
+    triton_process.stand_in(backend._triton_compat)
+
+    def run(job):
+        tiles = backend.Tiles(*CASES[job["case"]][-1])
+        return {"out": backend.weight_matmul(*operands(job["case"]), tiles=tiles)}
+
+    triton_process.answer(quantised_matmul, task, run)
