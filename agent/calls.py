@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -41,10 +41,13 @@ async def call_tools(drive: Drive) -> bool:
     if not ready:
         return not drive.state.pending
     for batch in _batches(ready):
+        if len(batch) == 1:
+            await _call(drive, *batch[0])
+            continue
         async with anyio.create_task_group() as group:
             limiter = anyio.CapacityLimiter(PARALLEL)
             for tool, call in batch:
-                group.start_soon(_call, drive, tool, call, limiter)
+                group.start_soon(_limited, limiter, drive, tool, call)
     return True
 
 
@@ -99,26 +102,30 @@ async def _transfer_or_refuse(drive: Drive, agent: Agent, call: ToolCall) -> Non
     await drive.record(*skipped, ev.ToolFinished(call.id, f"{other.name} takes over"), handed)
 
 
-async def _call(drive: Drive, tool: Tool, call: ToolCall, limiter: anyio.CapacityLimiter) -> None:
+async def _limited(limiter: anyio.CapacityLimiter, *what: Any) -> None:
     async with limiter:
-        key = drive.state.started.get(call.id) or f"{drive.session}:{call.id}"
-        drive.mine.add(call.id)
-        started = ev.ToolStarted(call.id, call.name, key)
-        # What is pure may run again after a crash, so its beginning need not be flushed before it.
-        pure = tool.effects == "pure"
-        await (drive.emit(started) if pure else drive.record(started))
+        await _call(*what)
 
-        async def listen(event: ev.Kept | ev.Passing) -> None:
-            await (drive.record(event) if isinstance(event, ev.Retried) else drive.show(event))
 
-        ended = await drive.early.take(call, listen)
-        if ended is None:
-            ended = await execute(tool, call, context_of(drive, call, key, listen), listen)
-        ended = replace(ended, call_id=call.id)
-        if reason := await tripped(drive.agent.guardrails, "result", ended.content):
-            held = f"error: the result is withheld by the guardrail {reason}"
-            ended = replace(ended, content=held, error="guardrail")
-        await (drive.record(started, ended, shown=1) if pure else drive.record(ended))
+async def _call(drive: Drive, tool: Tool, call: ToolCall) -> None:
+    key = drive.state.started.get(call.id) or f"{drive.session}:{call.id}"
+    drive.mine.add(call.id)
+    started = ev.ToolStarted(call.id, call.name, key)
+    # What is pure may run again after a crash, so its beginning need not be flushed before it.
+    pure = tool.effects == "pure"
+    await (drive.emit(started) if pure else drive.record(started))
+
+    async def listen(event: ev.Kept | ev.Passing) -> None:
+        await (drive.record(event) if isinstance(event, ev.Retried) else drive.show(event))
+
+    ended = await drive.early.take(call, listen)
+    if ended is None:
+        ended = await execute(tool, call, context_of(drive, call, key, listen), listen)
+    ended = replace(ended, call_id=call.id)
+    if reason := await tripped(drive.agent.guardrails, "result", ended.content):
+        held = f"error: the result is withheld by the guardrail {reason}"
+        ended = replace(ended, content=held, error="guardrail")
+    await (drive.record(started, ended, shown=1) if pure else drive.record(ended))
 
 
 def _batches(ready: list[tuple[Tool, ToolCall]]) -> list[list[tuple[Tool, ToolCall]]]:

@@ -73,7 +73,7 @@ class Drive:
         self.state = State()
         self.mine: set[str] = set()  # calls that this process began
         self.partial: list[str] = []  # text of the turn that is under way
-        self.lock = anyio.Lock()
+        self.lock = anyio.Lock(fast_acquire=True)
         self.early = Early(self)
         self.group: anyio.abc.TaskGroup  # of what outlasts a step
 

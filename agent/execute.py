@@ -7,7 +7,6 @@ arguments, a failure, a time-out, a crash. Only cancellation passes through.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import re
@@ -65,16 +64,14 @@ async def execute(tool: Tool, call: ToolCall, context: Context, emit: Emit) -> T
     except ArgumentError as error:
         return finish(f"error: {error}", "arguments")
     if tool.takes_context:
-        first = next(iter(inspect.signature(tool.function).parameters))
-        arguments = {first: context, **arguments}
+        arguments = {tool.first_parameter: context, **arguments}
     try:
+        if not tool.retries:
+            return finish(await _once(tool, call, arguments, emit))
         async for attempt in stamina.retry_context(
-            on=tool.retry_on,
-            attempts=tool.retries + 1,
-            timeout=None,
-            wait_initial=0.05,
-            wait_jitter=0.05,
-        ):
+            on=tool.retry_on, attempts=tool.retries + 1, timeout=None,
+            wait_initial=0.05, wait_jitter=0.05,
+        ):  # fmt: skip
             with attempt:
                 try:
                     return finish(await _once(tool, call, arguments, emit))
@@ -102,11 +99,9 @@ async def _once(tool: Tool, call: ToolCall, arguments: dict[str, Any], emit: Emi
     if tool.own_process:
         return await _in_process(tool, call)
     pieces: list[str] = []
-    progressive = inspect.isgeneratorfunction(tool.function) or inspect.isasyncgenfunction(
-        tool.function
-    )
+    progressive = tool.kind.endswith("generator")
     with anyio.move_on_after(tool.timeout) as limit:
-        async with contextlib.aclosing(stream_of(tool.function, arguments)) as results:
+        async with contextlib.aclosing(stream_of(tool, arguments)) as results:
             async for piece in results:
                 pieces.append(piece)
                 if progressive:

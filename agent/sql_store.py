@@ -51,7 +51,7 @@ class SQLStore(ABC):
         """`name` is what errors call it."""
         self.name = name
         self._db: Any = None
-        self._turn = anyio.Lock()
+        self._turn = anyio.Lock(fast_acquire=True)
         self._alone = threading.Lock()
         self._waiting: list[_Append] = []
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from agent import events as ev
 from agent.messages import Message, ToolCall, user
+from agent.model import Usage
 
 
 @dataclass(frozen=True)
@@ -71,76 +73,76 @@ class State:
 
 def evolve(state: State, recorded: ev.Recorded) -> State:
     """The state after one more event."""
-    event = recorded.event
+    event, spent = recorded.event, state.spent
     unwatched = isinstance(event, ev.Resumed | ev.RunStarted | ev.ApprovalDecided | ev.Forked)
-    gap = 0.0 if unwatched or not state.time else max(0.0, recorded.time - state.time)
-    spent = replace(state.spent, seconds=state.spent.seconds + gap)
-    state = replace(state, seq=recorded.seq, time=recorded.time, spent=spent)
+    if state.time and not unwatched and recorded.time > state.time:
+        spent = replace(spent, seconds=spent.seconds + recorded.time - state.time)
+    changes: dict[str, Any] = {"seq": recorded.seq, "time": recorded.time, "spent": spent}
+    return replace(state, **changes | _changes(state, event, spent))
+
+
+def _changes(state: State, event: ev.Kept, spent: Spent) -> dict[str, Any]:
     match event:
         case ev.RunStarted():
-            return replace(
-                state, agent=event.agent, instructions=event.instructions,
-                messages=state.messages + event.messages, rejected=0, runs=state.runs + 1,
-                tainted_by=tuple(dict.fromkeys((*state.tainted_by, *event.tainted_by))),
-                spent=Spent(), finished=None, asked={}, decided={},
-            )  # fmt: skip
+            tainted_by = tuple(dict.fromkeys((*state.tainted_by, *event.tainted_by)))
+            return {
+                "agent": event.agent, "instructions": event.instructions,
+                "messages": state.messages + event.messages, "rejected": 0,
+                "runs": state.runs + 1, "tainted_by": tainted_by, "spent": Spent(),
+                "finished": None, "asked": {}, "decided": {},
+            }  # fmt: skip
         case ev.ModelResponded():
-            used = replace(
-                spent, turns=spent.turns + 1,
-                tokens=spent.tokens + event.usage.input + event.usage.output,
-                cost=spent.cost + event.usage.cost,
-            )  # fmt: skip
-            return replace(
-                state, messages=(*state.messages, event.message), spent=used,
-                started={}, results={}, finish=event.finish,
-            )  # fmt: skip
+            used = replace(_paid(spent, event.usage), turns=spent.turns + 1)
+            messages = (*state.messages, event.message)
+            return {"messages": messages, "spent": used, "started": {}, "results": {},
+                    "finish": event.finish}  # fmt: skip
         case ev.OutputRejected():
             feedback = () if event.call_id else (user(event.feedback),)
-            return replace(state, messages=state.messages + feedback, rejected=state.rejected + 1)
+            return {"messages": state.messages + feedback, "rejected": state.rejected + 1}
         case ev.ToolStarted():
-            used = spent
             if event.call_id not in state.started:
-                used = replace(spent, tool_calls=spent.tool_calls + 1)
-            return replace(state, started={**state.started, event.call_id: event.key}, spent=used)
+                spent = replace(spent, tool_calls=spent.tool_calls + 1)
+            return {"started": {**state.started, event.call_id: event.key}, "spent": spent}
         case ev.ToolFinished():
             return _finish_call(state, event)
         case ev.ApprovalRequested():
-            return replace(state, asked={**state.asked, event.call.id: event})
+            return {"asked": {**state.asked, event.call.id: event}}
         case ev.ApprovalDecided():
-            return replace(state, decided={**state.decided, event.call_id: event})
+            return {"decided": {**state.decided, event.call_id: event}}
         case ev.HandedOff():
-            return replace(state, agent=event.agent, instructions=event.instructions)
+            return {"agent": event.agent, "instructions": event.instructions}
         case ev.Resumed() if state.finished is not None and state.finished.reason != "done":
             # What a limit or a cancellation cut in the middle is void: the turn is taken again.
             kept = state.messages[:-1] if state.finish == "cut" else state.messages
-            return replace(state, messages=kept, finish="", finished=None)
+            return {"messages": kept, "finish": "", "finished": None}
         case ev.Compressed():
-            used = replace(
-                spent, tokens=spent.tokens + event.usage.input + event.usage.output,
-                cost=spent.cost + event.usage.cost,
-            )  # fmt: skip
-            return replace(state, messages=event.messages, spent=used)
+            return {"messages": event.messages, "spent": _paid(spent, event.usage)}
         case ev.Forked():
-            return replace(state, spent=Spent())
+            return {"spent": Spent()}
         case ev.RunFinished():
-            return replace(state, finished=event)
+            return {"finished": event}
         case _:
-            return state
+            return {}
 
 
-def _finish_call(state: State, event: ev.ToolFinished) -> State:
+def _paid(spent: Spent, usage: Usage) -> Spent:
+    tokens = spent.tokens + usage.input + usage.output
+    return replace(spent, tokens=tokens, cost=spent.cost + usage.cost)
+
+
+def _finish_call(state: State, event: ev.ToolFinished) -> dict[str, Any]:
     results = {**state.results, event.call_id: event}
     calls = state.messages[-1].calls
-    tainted_by = state.tainted_by
+    made: dict[str, Any] = {"results": results}
     if event.tainted:
         name = next(call.name for call in calls if call.id == event.call_id)
-        tainted_by = tuple(dict.fromkeys((*tainted_by, name)))
-    state = replace(state, results=results, tainted_by=tainted_by)
-    if any(call.id not in results for call in calls):
-        return state
-    # Calls end in any order; the conversation has theirs, so that a replay has the same prefix.
-    answers = tuple(Message("tool", results[call.id].content, call_id=call.id) for call in calls)
-    return replace(state, messages=state.messages + answers)
+        made["tainted_by"] = tuple(dict.fromkeys((*state.tainted_by, name)))
+    if all(call.id in results for call in calls):
+        # Calls end in any order; the conversation has theirs: a replay has the same prefix.
+        made["messages"] = state.messages + tuple(
+            Message("tool", results[call.id].content, call_id=call.id) for call in calls
+        )
+    return made
 
 
 def fold(events: Iterable[ev.Recorded], state: State | None = None) -> State:

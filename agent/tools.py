@@ -110,10 +110,24 @@ class Tool:
         """Whether a stranger's words must not be enough to call it."""
         return self.effects != "pure" or self.network if self.guarded is None else self.guarded
 
+    @functools.cached_property
+    def kind(self) -> Literal["async", "async generator", "generator", "sync"]:
+        """What its function is; looked at once, as each call asks."""
+        if inspect.isasyncgenfunction(self.function):
+            return "async generator"
+        if inspect.iscoroutinefunction(self.function):
+            return "async"
+        return "generator" if inspect.isgeneratorfunction(self.function) else "sync"
+
     @property
     def own_process(self) -> bool:
         """Whether a call is a process that can be killed."""
-        return self.timeout is not None and not _is_async(self.function)
+        return self.timeout is not None and self.kind in ("generator", "sync")
+
+    @functools.cached_property
+    def first_parameter(self) -> str:
+        """The name under which a function that takes the context is given it."""
+        return next(iter(inspect.signature(self.function).parameters))
 
     def parse(self, text: str) -> dict[str, Any]:
         """The arguments as Python values; raises ArgumentError, which is written for the model."""
@@ -245,10 +259,6 @@ def faults(error: ValidationError) -> str:
     )
 
 
-def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
-
-
 def as_text(value: Any) -> str:
     """A result as the model reads it: text as it is, the rest as JSON. Raises ToolFailed where it
     has no JSON."""
@@ -263,22 +273,21 @@ def as_text(value: Any) -> str:
         raise ToolFailed(f"its result, a {kind}, has no JSON ({error})") from None
 
 
-async def stream_of(
-    function: Callable[..., Any], args: Mapping[str, Any]
-) -> AsyncGenerator[str, None]:
+async def stream_of(called: Tool, args: Mapping[str, Any]) -> AsyncGenerator[str, None]:
     """The results of a call in this process, as text: one, or those that a generator yields.
 
     A sync function runs in a worker thread. A cancelled caller leaves that thread behind.
     """
     import anyio.to_thread
 
+    function = called.function
     in_thread = functools.partial(anyio.to_thread.run_sync, abandon_on_cancel=True)
-    if inspect.isasyncgenfunction(function):
+    if called.kind == "async generator":
         async for value in function(**args):
             yield as_text(value)
-    elif inspect.iscoroutinefunction(function):
+    elif called.kind == "async":
         yield as_text(await function(**args))
-    elif inspect.isgeneratorfunction(function):
+    elif called.kind == "generator":
         values = function(**args)
         end = object()
         while (value := await in_thread(next, values, end)) is not end:

@@ -3,8 +3,8 @@
 import anyio
 import pytest
 
-from agent.evaluate import load as module
-from agent.evaluate.load import load
+from benchmarks import agent_overhead as module
+from benchmarks.agent_overhead import load
 
 
 @pytest.mark.parametrize("sessions", [200])
