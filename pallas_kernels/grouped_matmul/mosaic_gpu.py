@@ -11,9 +11,9 @@ once for each of a group's tiles of rows and x once for each tile of columns, fr
 where bands keep them there.
 
 One H200, bfloat16 (`python -m jaxinfra.kernels.grouped_bench`): 128 groups of 65,536 rows, 2,048 x
-768, 645 TFLOP/s forward and 606 for the rows' gradient, where XLA's ragged_dot reaches 6; 8 groups
-of 16,384 rows, 4,096 x 14,336, 756, where ragged_dot reaches 101 and a product a group 654. No
-derivative.
+768, 640 TFLOP/s forward and 606 for the rows' gradient, where XLA's ragged_dot reaches 6; 8 groups
+of 16,384 rows, 4,096 x 14,336, 768 and 731, where ragged_dot reaches 100 and a product a group 698
+and 714. No derivative.
 """
 
 from __future__ import annotations

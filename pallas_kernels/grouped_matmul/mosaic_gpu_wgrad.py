@@ -8,7 +8,8 @@ dy, for zero times NaN is NaN. A group without rows takes no step and gives zero
 Cost: 2 M K N FLOPs and those of up to 7 + tile_k rows a group; x is read once for each tile of
 columns and dy once for each of rows, from the L2 cache, which holds a group's; G K N written.
 
-One H200, bfloat16, 128 groups of 65,536 rows, 2,048 x 768: 529 TFLOP/s, where XLA's reaches 4.
+One H200, bfloat16, 128 groups of 65,536 rows, 2,048 x 768: 529 TFLOP/s, where XLA's reaches 4;
+8 groups of 16,384 rows, 4,096 x 14,336: 748, where XLA's reaches 91 and a product a group 582.
 """
 
 from __future__ import annotations
