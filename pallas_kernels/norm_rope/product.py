@@ -1,7 +1,7 @@
 """`norm_rope`: which implementation norms and turns queries and keys, with its gradients.
 
 Bound by bytes: forward reads and writes q and k once, backward reads them and what came back, and
-writes the gradients; tables of angles add 8 / (itemsize (N + K)) of that for heads of any width.
+writes the gradients; forward the tables of angles add 2 / (itemsize (N + K)) of that.
 """
 
 from __future__ import annotations
