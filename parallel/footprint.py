@@ -41,6 +41,7 @@ class Step:
     zero: int = 0
     schedule: str = "eager-1f1b"
     context: str = "ring"
+    dispatch: str = "padded"
     width: int = 2  # w
 
 
@@ -116,7 +117,7 @@ def footprint(layout: Layout, step: Step) -> dict[str, int]:
     backward = {
         "computing copy": copy, "gradients": sums or w * s.layers, "saved activations": saved,
         "gathered": w * s.table + (w * s.layer if fsdp > 1 else 0),
-        "one layer": _of_a_layer(config, step, s),
+        "one layer": _of_a_layer(config, step, s) if step.remat else 0,  # or it is saved
     }  # fmt: skip
     fuller = max(head, backward, key=lambda items: sum(items.values()))
     return state | fuller | stash
@@ -138,12 +139,21 @@ def _of_a_layer(config: ModelConfig, step: Step, s: Shares) -> int:
         wide += 5 * config.d_ff // tp
     size = t * w * wide
     if config.experts is not None:
-        places = config.experts.num_experts * experts.places(t, config.experts, None)
-        size += places * w * (3 * config.d_model + 2 * config.experts.d_ff // tp)
+        rows = multiplied(config, step.dispatch, t) if step.dispatch == "padded" else 0
+        rows = rows or s[Axis.EP] * t * config.experts.top_k  # room for all that can come
+        size += rows * w * (3 * config.d_model + 2 * config.experts.d_ff // tp)
     if (cp := s[Axis.CP]) > 1 and step.context in ("ring", "usp"):
         turns = cp // (math.gcd(config.num_kv_heads // tp, cp) if step.context == "usp" else 1)
         size += 8 * turns * t * heads * 4  # sums of each of its steps, float32
     return size
+
+
+def multiplied(config: ModelConfig, dispatch: str, tokens: int) -> int:
+    """Rows that a device's experts multiply for so many tokens a device, where all are even."""
+    assert config.experts is not None
+    if dispatch == "padded":
+        return config.experts.num_experts * experts.places(tokens, config.experts, None)
+    return tokens * config.experts.top_k
 
 
 def total(items: dict[str, int]) -> int:

@@ -1,10 +1,12 @@
 """Which mesh, for a model, a chip and a batch: memory, traffic and time of every product of axes.
 
-For each split of the chips into dp, fsdp, tp, cp, pp and ep the planner counts memory
+For each split of the chips into dp, fsdp, tp, cp, pp and ep, and each way to attend over cp, to
+dispatch to experts and to keep or compute activations again, the planner counts memory
 (`footprint`), messages (`traffic`) and idle time (`pipeline.simulate`), drops what does not fit,
 with the reason, and ranks the rest by predicted time:
 
-    compute    model FLOPs, 4/3 of them with rematerialisation, over ATTAINED of the chip's peak
+    compute    model FLOPs, 4/3 of them with rematerialisation, over ATTAINED of the chip's peak;
+               padded queues of experts are multiplied whole, E / k times what tokens chose
     inner      tp, ep, cp (gather, ulysses, usp) and pp messages are waited for
     outer      fsdp, dp and ring messages run under the compute; what is longer than it is added
     step       (compute + inner) / (1 - bubble) + max(0, outer - compute)
@@ -21,13 +23,23 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from jaxinfra.errors import UserError
 from jaxinfra.hardware.chips import Chip
 from jaxinfra.hardware.roofline import peak
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.counts import train_flops_per_token
-from parallel.footprint import Step, abstract_layout, footprint, largest, pipelined, total
+from parallel.experts import DISPATCH
+from parallel.footprint import (
+    Step,
+    abstract_layout,
+    footprint,
+    largest,
+    multiplied,
+    pipelined,
+    total,
+)
 from parallel.mesh import Axis, describe
 from parallel.traffic import Message, sent, traffic
 
@@ -128,27 +140,48 @@ def _best(
         return "schedule: experts' balance loss is not computed under pp"
     most = rows // replicas
     found: Prediction | str = f"schedule: {most} rows a replica are fewer than 2 pp microbatches"
-    accumulate = 2 * pp if pp > 1 else 1
-    context = "gather" if pp > 1 else "ring"
-    while accumulate <= min(most, 64 * pp):
-        if most % accumulate == 0:
-            zero = 2 if of(Axis.DP) > 1 else 0
-            step = Step(rows, seq_len, accumulate, zero=zero, context=context)
-            memory = footprint(layout, step)
-            room = HEADROOM * (chip.memory_bytes or 0)
-            if total(memory) > room:
-                found = (
-                    f"memory: {total(memory) / 1e9:.0f} GB of {room / 1e9:.0f}, the largest part "
-                    f"{largest(memory)} ({memory[largest(memory)] / 1e9:.0f} GB)"
-                )
-            else:
-                here = predict(config, chip, count, sizes, step)
-                if isinstance(found, str) or here.seconds < found.seconds:
-                    found = here
-                elif here.seconds > found.seconds:
-                    break  # more parts only send more
-        accumulate *= 2
+    for ways in _ways(config, chip, sizes):
+        accumulate = 2 * pp if pp > 1 else 1
+        before = math.inf
+        while accumulate <= min(most, 64 * pp):
+            if most % accumulate == 0:
+                step = Step(rows, seq_len, accumulate, zero=2 if of(Axis.DP) > 1 else 0, **ways)
+                memory = footprint(layout, step)
+                room = HEADROOM * (chip.memory_bytes or 0)
+                if total(memory) > room:
+                    if isinstance(found, str):
+                        found = (
+                            f"memory: {total(memory) / 1e9:.0f} GB of {room / 1e9:.0f}, the "
+                            f"largest part {largest(memory)} "
+                            f"({memory[largest(memory)] / 1e9:.0f} GB)"
+                        )
+                else:
+                    here = predict(config, chip, count, sizes, step)
+                    if isinstance(found, str) or here.seconds < found.seconds:
+                        found = here
+                    if here.seconds > before:
+                        break  # more parts only send more
+                    before = here.seconds
+            accumulate *= 2
     return found
+
+
+def _ways(config: ModelConfig, chip: Chip, sizes: dict[Axis, int]) -> Iterator[dict[str, Any]]:
+    """What else a step can choose on a mesh, what takes most memory first.
+
+    A pipeline computes its stages again in any case and takes no ring. On a TPU all is computed
+    again: what a step without that needs was held to a GPU's program alone.
+    """
+    of = lambda axis: sizes.get(axis, 1)  # noqa: E731
+    cp, tp, pp = of(Axis.CP), of(Axis.TP), of(Axis.PP)
+    contexts = ["ring", "usp"] if pp == 1 else ["gather"]
+    if pp > 1 and config.num_kv_heads % (tp * cp) == 0:
+        contexts.append("ulysses")
+    keeps = pp == 1 and not _is_torus(chip)
+    for remat in (False, True) if keeps else (True,):
+        for context in contexts if cp > 1 else contexts[:1]:
+            for dispatch in DISPATCH if config.experts else DISPATCH[:1]:
+                yield {"remat": remat, "context": context, "dispatch": dispatch}
 
 
 def predict(
@@ -162,7 +195,12 @@ def predict(
     seconds = {axis: by_axis[axis] / links[axis][1] for axis in by_axis}
     rate = peak(chip, "bfloat16")
     model_flops = train_flops_per_token(config, step.seq_len) * step.rows * step.seq_len
-    compute = model_flops * (4 / 3 if step.remat else 1) / (count * ATTAINED * rate)
+    flops = model_flops
+    if config.experts:
+        t = step.rows * step.seq_len
+        rows = multiplied(config, step.dispatch, t) - t * config.experts.top_k
+        flops += 18 * rows * config.d_model * config.experts.d_ff * config.num_layers
+    compute = flops * (4 / 3 if step.remat else 1) / (count * ATTAINED * rate)
     under = {Axis.DP, Axis.FSDP} | ({Axis.CP} if step.context == "ring" else set())
     inner = sum(t for axis, t in seconds.items() if axis not in under)
     outer = sum(t for axis, t in seconds.items() if axis in under)
@@ -183,11 +221,15 @@ def _link(chip: Chip, sizes: dict[Axis, int], axis: Axis) -> tuple[str, float]:
     as the axis and those inside it fit a node, and the host's beyond.
     """
     fast = chip.links[0]
-    if "torus" in fast.name:
+    if _is_torus(chip):
         return fast.name, fast.bandwidth / (fast.count / 2)
     inside = math.prod(sizes.get(a, 1) for a in list(Axis)[list(Axis).index(axis) :])
     link = fast if inside <= NODE or len(chip.links) == 1 else chip.links[1]
     return link.name, link.bandwidth
+
+
+def _is_torus(chip: Chip) -> bool:
+    return "torus" in chip.links[0].name
 
 
 def reasons(rejected: dict[str, str]) -> list[tuple[int, str, str]]:

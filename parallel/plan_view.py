@@ -22,6 +22,8 @@ def table(plan: Plan, top: int) -> Iterator[str]:
         how += f" --zero {step.zero}" if step.zero else ""
         how += f" --schedule {step.schedule}" if Axis.PP in p.sent else ""
         how += f" --context {step.context}" if Axis.CP in p.sent else ""
+        how += f" --dispatch {step.dispatch}" if step.dispatch != "padded" else ""
+        how += f" --remat {'full' if step.remat else 'none'}"
         yield f"{place}. {how}"
         yield (
             f"   {p.seconds:.3f} s, MFU {p.mfu:.1%}: compute {p.compute:.3f} s, "
@@ -43,8 +45,10 @@ def compared(config: ModelConfig, best: Prediction, chip: str, count: int) -> It
     """Memory and messages predicted beside those of the compiled program."""
     step = best.step
     found = compile_step(
-        config, Strategy(best.mesh, step.zero, step.schedule, step.context), devices(chip, count),
-        rows=step.rows, seq_len=step.seq_len, accumulate=step.accumulate,
+        config,
+        Strategy(best.mesh, step.zero, step.schedule, step.context, dispatch=step.dispatch),
+        devices(chip, count), rows=step.rows, seq_len=step.seq_len, accumulate=step.accumulate,
+        remat="full" if step.remat else "none",
     )  # fmt: skip
     predicted = total(best.memory)
     yield (

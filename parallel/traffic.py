@@ -7,7 +7,8 @@ programs of this layer with rematerialisation (without it a layer's forward coll
     tp     all-gather 6, reduce-scatter 5 of [t, D] a layer, two of each at the tables
     cp     ring: keys and values of n-1 neighbours, forward, again, and backward with gradients;
            usp: of n/u-1, and all-to-alls of queries, keys, values and outputs among u
-    ep     six all-to-alls of the queues [E, C, D] a layer
+    ep     padded: six all-to-alls of the queues [E, C, D] a layer; ragged: of the chosen rows
+           [t k, D], where all experts get as many; ring: tokens, what they chose and results
     pp     two messages of [t, D] / tp a tick
     dp     gradients once a step, float32, over cp and ep as well where parameters are whole along
            them; ZeRO scatters them and gathers parameters
@@ -18,9 +19,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from parallel import experts
 from parallel.census import Collective
-from parallel.footprint import Shares, Step, pipelined, shares
+from parallel.footprint import Shares, Step, multiplied, pipelined, shares
 from parallel.layout import Layout
 from parallel.mesh import Axis
 
@@ -63,14 +63,28 @@ def traffic(layout: Layout, step: Step) -> list[Message]:
         add(Axis.TP, "activations of tables", op, 2 * step.accumulate, whole)
     _context(add, layout, step, s, passes)
     if config.experts:
-        C = experts.places(t, config.experts, None)
-        queues = w * config.experts.num_experts * C * config.d_model
-        add(Axis.EP, "tokens", "all-to-all", 2 * (again + 1) * passes, queues)
+        _experts(add, layout, step, s, passes)
     if s[Axis.PP] > 1:
         ticks = pipelined(step.schedule, s[Axis.PP], step.accumulate).ticks
         add(Axis.PP, "activations", "collective-permute", 2 * ticks, whole // tp)
     _gradients(add, layout, step, s)
     return found
+
+
+def _experts(add, layout: Layout, step: Step, s: Shares, passes: int) -> None:
+    config, n, again = layout.config, s[Axis.EP], 2 if step.remat else 1
+    assert config.experts is not None
+    row = step.width * config.d_model
+    if step.dispatch == "ring":
+        k = config.experts.top_k
+        add(Axis.EP, "tokens", "all-gather", (again + 1) * passes, n * s.tokens * row)
+        add(Axis.EP, "results", "reduce-scatter", 2 * passes, n * s.tokens * row)
+        add(Axis.EP, "choices", "all-gather", again * passes, n * s.tokens * 8 * k)
+        add(Axis.EP, "choices", "reduce-scatter", passes, n * s.tokens * 4 * k)
+        return
+    op = "all-to-all" if step.dispatch == "padded" else "ragged-all-to-all"
+    rows = multiplied(config, step.dispatch, s.tokens)
+    add(Axis.EP, "tokens", op, 2 * (again + 1) * passes, rows * row)
 
 
 def _context(add, layout: Layout, step: Step, s: Shares, passes: int) -> None:

@@ -78,6 +78,7 @@ SENT = {  # model, mesh, builder, other fields of a step
     "ulysses": ("llama", "cp=4", "dp", {"context": "ulysses"}),
     "usp": ("llama", "cp=8", "dp", {"context": "usp"}),
     "experts": ("moe", "ep=4", "dp", {}),
+    "experts, ring": ("moe", "ep=4", "dp", {"dispatch": "ring"}),
     "pipeline": ("llama", "pp=4", "dp", {"accumulate": 4, "schedule": "1f1b"}),
 }
 DEFAULT = {"experts", "fsdp, tp, dp", "ulysses", "zero2, accumulated"}
@@ -94,7 +95,8 @@ def test_messages_are_those_of_the_program(case):
     """All but norms of heads and scalars; the analytic count of every strategy, in bytes."""
     name, mesh, builder, fields = SENT[case]
     accumulate, context = fields.get("accumulate", 1), fields.get("context", "ring")
-    options = Options(accumulate=accumulate, context=context)
+    dispatch = fields.get("dispatch", "padded")
+    options = Options(accumulate=accumulate, context=context, dispatch=dispatch)
     stages = M.parse(mesh).get(Axis.PP, 1)
     table = make(fields["schedule"], stages, accumulate) if "schedule" in fields else None
     program = tiny.compiled(*started(name, mesh, builder, options, table))
@@ -118,6 +120,27 @@ def test_a_plan_fits_and_says_why_others_do_not():
     kinds = [kind for _, kind, _ in reasons(found.rejected)]
     assert {"memory", "mesh"} <= set(kinds)
     assert sum(n for n, _, _ in reasons(found.rejected)) == len(found.rejected)
+
+
+def test_a_plan_weighs_ways_to_dispatch_attend_and_keep():
+    """Padded queues of 128 experts multiply 16 times what was chosen; what fits is kept."""
+    chip = chips.find("H200")
+    moe = plan(presets.find("qwen3-30b-a3b"), chip, 8, 2**17, 4096).fitting
+    with_experts = [p for p in moe if p.sizes.get(Axis.EP, 1) > 1]
+    assert {p.step.dispatch for p in with_experts} <= {"ragged", "ring"} and with_experts
+    dense = plan(presets.find("qwen3-1.7b"), chip, 2, 2**15, 4096).fitting
+    by_mesh = {p.mesh: p.step for p in dense}
+    assert not by_mesh["fsdp=2"].remat and by_mesh["pp=2"].remat
+    long = plan(presets.find("qwen3-8b"), chips.find("v5e"), 64, 2**21, 32768).fitting
+    assert all(p.step.remat for p in long)
+    assert {p.step.context for p in long if p.sizes.get(Axis.CP, 1) > 1} >= {"usp"}
+
+
+def test_memory_without_computing_again_is_that_of_a_gpus_program():
+    """GB that XLA said of the steps of benchmarks.two_gpus without a loop, on H200s, jax 0.11.2."""
+    for mesh, rows, peak in (("fsdp=2", 8, 54.1), ("dp=1", 4, 65.1)):
+        found = predicted("qwen3-1.7b", mesh, Step(rows, 4096, remat=False))
+        assert found == pytest.approx(peak * 1e9, rel=0.1)
 
 
 def test_a_slower_link_is_felt():
