@@ -37,6 +37,7 @@ from parallel.ragged import Sizes, ragged_all_to_all
 
 EP, TP = Axis.EP.value, Axis.TP.value
 Activation = Callable[[Array], Array]
+Multiply = Callable[[str, Array, Array], Array]  # (name, rows [e, C, D], matrices [e, D, F])
 
 
 def feed_forward(
@@ -48,12 +49,14 @@ def feed_forward(
     capacity_factor: float | None = None,
     dispatch: str = "padded",
     bias: Float[Array, " E"] | None = None,
+    multiply: Multiply | None = None,
 ) -> tuple[Float[Array, "B T D"], moe.Balance, Float[Array, ""]]:
     """(weighted sum of the chosen experts, balance over all devices' tokens, choices dropped here).
 
     `layer` holds this device's E / n experts and its share of their width: the result is a part of
     a sum over tp. `real` is 1 for tokens that count in the balance. `bias` is added to
-    probabilities where experts are chosen (`adjusted`).
+    probabilities where experts are chosen (`adjusted`). `multiply` takes the place of the products
+    of padded queues, by the name of their matrices.
     """
     B, T, D = x.shape
     if capacity_factor is not None and dispatch != "padded":
@@ -63,7 +66,7 @@ def feed_forward(
     rows = x.reshape(B * T, D)
     if dispatch == "padded":
         C = places(B * T, experts, capacity_factor)
-        out, dropped = _padded(layer, rows, share, expert, activation, C)
+        out, dropped = _padded(layer, rows, share, expert, activation, C, multiply or _plain)
     else:
         out = {"ragged": _ragged, "ring": _ring}[dispatch](layer, rows, share, expert, activation)
         dropped = jnp.zeros_like(share[0, 0])
@@ -108,7 +111,13 @@ def places(tokens: int, experts: Experts, capacity_factor: float | None) -> int:
 
 
 def _padded(
-    layer: MoE, x: Array, share: Array, expert: Array, activation: Activation, C: int
+    layer: MoE,
+    x: Array,
+    share: Array,
+    expert: Array,
+    activation: Activation,
+    C: int,
+    multiply: Multiply,
 ) -> tuple[Float[Array, "M D"], Float[Array, ""]]:
     M, k = expert.shape
     E, D = layer.router.shape[-1], x.shape[1]
@@ -121,12 +130,15 @@ def _padded(
     tokens = jnp.broadcast_to(x[:, None], (M, k, D))
     queues = jnp.zeros_like(x, shape=(E * C, D)).at[at].set(tokens, mode="drop")
     queues = _to_experts(queues.reshape(E, C, D))
-    inner = activation(jnp.einsum("ecd,edf->ecf", queues, layer.gate))
-    inner = inner * jnp.einsum("ecd,edf->ecf", queues, layer.up)
-    results = _from_experts(jnp.einsum("ecf,efd->ecd", inner, layer.down))
+    inner = activation(multiply("gate", queues, layer.gate)) * multiply("up", queues, layer.up)
+    results = _from_experts(multiply("down", inner, layer.down))
     results = results.reshape(E * C, D).at[at].get(mode="fill", fill_value=0)  # [M, k, D]
     out = jnp.einsum("mkd,mk->md", results, jnp.where(kept, share, 0.0).astype(x.dtype))
     return out, jnp.sum((share > 0) & ~kept, dtype=jnp.float32)
+
+
+def _plain(name: str, rows: Array, matrices: Array) -> Array:
+    return jnp.einsum("ecd,edf->ecf", rows, matrices)
 
 
 def _to_experts(queues: Float[Array, "E C D"]) -> Float[Array, "e n_C D"]:

@@ -55,7 +55,7 @@ def _forward(x: Array, w: Array, history: Array | None) -> tuple[Array, tuple]:
     scales = [scale(here[i], None if history is None else history[i], FORWARD) for i in (0, 1)]
     narrow = quantised(x, scales[0], FORWARD), quantised(w, scales[1], FORWARD)
     y = _dot(narrow[0], narrow[1], (1, 0), scales).astype(x.dtype)
-    return y, (narrow, scales, here, history, x[0, 0], w[0, 0])
+    return y, (narrow, scales, here, history, x[(0,) * x.ndim], w[(0,) * w.ndim])
 
 
 def _backward(kept: tuple, g: Array) -> tuple[Array, Array, Array | None]:
@@ -100,8 +100,9 @@ def quantised(x: Array, scale: Array, dtype) -> Array:
     return jnp.clip(x.astype(jnp.float32) * scale, -end, end).astype(dtype)
 
 
-def _dot(a: Array, b: Array, along: tuple[int, int], scales) -> Float[Array, "M N"]:
-    dims = (((along[0],), (along[1],)), ((), ()))
+def _dot(a: Array, b: Array, along: tuple[int, int], scales) -> Float[Array, "*e M N"]:
+    stack = tuple(range(a.ndim - 2))  # of experts
+    dims = (((len(stack) + along[0],), (len(stack) + along[1],)), (stack, stack))
     y = lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
     return y / (scales[0] * scales[1])
 
@@ -130,6 +131,13 @@ def feed_forward(
         for name in ("gate", "up")
     )
     return _by_matrix("down", mlp.down, activation(gate) * up, history, 1)
+
+
+def by_expert(
+    name: str, x: Float[Array, "e C D"], w: Float[Array, "e D F"], history: History
+) -> Float[Array, "e C F"]:
+    """Each expert's rows times its matrix; one scale for the rows of all, one for all matrices."""
+    return _product(x, w, None if history is None else history[PRODUCTS.index(name)])
 
 
 def _by_matrix(name: str, w: Array, x: Array, history: History, inputs: int) -> Array:

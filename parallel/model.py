@@ -9,6 +9,7 @@ sends tokens to their experts (`experts`). The arithmetic is that of `jaxinfra.m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -145,7 +146,7 @@ def block(
             act = transformer.activation(config)
             out, routing = fp8.feed_forward(layer.mlp, h, act, largest), None
         else:
-            out, routing = _feed_forward(layer, h, config, rows, options)
+            out, routing = _feed_forward(layer, h, config, rows, options, largest)
         out = tensor.leave(out, options.sequence)
         return transformer.residual(x, out, layer.post_mlp_norm, config), routing
 
@@ -161,7 +162,12 @@ def block(
 
 
 def _feed_forward(
-    layer: Layer, h: Array, config: ModelConfig, rows: Rows, options: Options
+    layer: Layer,
+    h: Array,
+    config: ModelConfig,
+    rows: Rows,
+    options: Options,
+    largest: fp8.History,
 ) -> tuple[Array, Any]:
     if not isinstance(layer.mlp, MoE) or config.experts is None:
         return transformer.feed_forward(layer, h, config)[0], None
@@ -169,6 +175,7 @@ def _feed_forward(
     out, balance, dropped = experts.feed_forward(
         layer.mlp, h, config.experts, transformer.activation(config), real.astype(jnp.float32),
         options.capacity_factor, options.dispatch,
+        multiply=functools.partial(fp8.by_expert, history=largest) if options.fp8 else None,
     )  # fmt: skip
     return out, (balance, dropped)
 

@@ -91,8 +91,11 @@ def build(
         capacity_factor=strategy.capacity_factor, dispatch=strategy.dispatch,
         fp8="float8" in strategy.precision, **options,
     )  # fmt: skip
-    if how.fp8 and config.experts:
-        raise UserError("precision=float8: experts' products are not; give a model without experts")
+    if how.fp8 and config.experts and how.dispatch != "padded":
+        raise UserError(
+            f"precision=float8: dispatch={how.dispatch} multiplies groups of rows, which have no "
+            "float8 product; choose dispatch=padded"
+        )
     local = None
     if (stages := sizes.get(Axis.PP, 1)) > 1:
         table = pipeline.make(strategy.schedule, stages, how.accumulate)

@@ -7,11 +7,14 @@ import pytest
 
 from jaxinfra.errors import UserError
 from jaxinfra.model import moe
+from jaxinfra.model.config import Experts
 from jaxinfra.model.params import MoE
+from jaxinfra.train.step import TrainState
 from parallel import experts
 from parallel.census import census
 from parallel.model import Options
 from parallel.ragged import Sizes, ragged_all_to_all
+from parallel.train import Strategy, build
 from tests.parallel import tiny
 from tests.parallel.emulated import RING, cases, over_ring, relative
 from tests.parallel.runs import differences, started, trained
@@ -167,6 +170,25 @@ def test_what_the_other_ways_send():
         found = [c for c in census(tiny.compiled(step, state)) if c.depth and c.op == op]
         assert size in {c.bytes for c in found}, (dispatch, found)
         assert {c.executed for c in found} == {L}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["ragged", "ring"])
+def test_on_hopper_a_step_takes_the_grouped_kernel(dispatch, monkeypatch):
+    """Lowered for a GPU that is not here; XLA's product is what the CPU takes."""
+    config = tiny.MOE.replace(d_model=64, experts=Experts(8, 2, 64, True, balance_coef=0.1))
+    state = jax.eval_shape(lambda: TrainState.create(tiny.params(config), tiny.optimizer()))
+    tokens = {"tokens": jax.ShapeDtypeStruct((8, 17), jnp.int32)}
+
+    def lowered():
+        strategy = Strategy("dp=2,ep=2", dispatch=dispatch)
+        _, step, _ = build(strategy, config, tiny.optimizer(), dtype=jnp.bfloat16)
+        return step.trace(state, tokens).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "mosaic_gpu" not in lowered()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    text = lowered()
+    assert "mosaic_gpu" in text and ("ragged_all_to_all" in text) == (dispatch == "ragged")
 
 
 def test_what_does_not_fit_is_told():

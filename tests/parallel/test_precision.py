@@ -16,7 +16,7 @@ from parallel import mesh as M
 from parallel.layout import Layout
 from parallel.model import Options
 from parallel.precision import INITIAL, INTERVAL, LossScale
-from parallel.train import Strategy
+from parallel.train import Strategy, build
 from tests.parallel import tiny
 from tests.parallel.emulated import QUICK, cases, over_ring, relative
 from tests.parallel.runs import differences, started, trained
@@ -114,6 +114,24 @@ def test_a_product_of_float8_is_near_the_product():
     assert np.isfinite(jax.jit(passes)(1e6 * x, w * 0)[0]).all()  # a weight of zeros has no scale
 
 
+def test_products_of_experts_are_those_of_each():
+    """One scale for all: of two matrices, one is half as large as the scale is for."""
+    x, w = operands()
+    xs, ws = x.reshape(2, 16, 24), np.stack([w, 0.5 * w])
+
+    def loss(x, w):
+        y = fp8.by_expert("up", x, w, None)
+        return jnp.sum(jnp.sin(y)), y
+
+    (dx, dw), y = jax.jit(jax.grad(loss, (0, 1), has_aux=True), compiler_options=QUICK)(xs, ws)
+    plain = np.einsum("ecd,edf->ecf", xs, ws)
+    g = np.cos(y)
+    wanted = plain, np.einsum("ecf,edf->ecd", g, ws), np.einsum("ecd,ecf->edf", xs, g)
+    off = [np.linalg.norm(a - b) / np.linalg.norm(b)
+           for a, b in zip((y, dx, dw), wanted, strict=True)]  # fmt: skip
+    assert 1e-3 < off[0] < 0.05 and max(off) < 0.1, off
+
+
 def test_the_mesh_does_not_change_a_product():
     """Rows over eight devices: the scale is that of all of them."""
     x, w = operands()
@@ -150,10 +168,10 @@ def test_delayed_scales_learn_and_clip():
 
 
 @functools.cache
-def in_eight_bits(mesh, builder, scales):
+def in_eight_bits(name, mesh, builder, scales):
     # Parts of a batch are other rows on another mesh, and current scales are those of a part.
     options = Options(fp8=True, accumulate=2 if scales == "float8-delayed" else 1)
-    step, state = started("qwen3", mesh, builder, options, None, scales)
+    step, state = started(name, mesh, builder, options, None, scales)
     step, losses = tiny.compiled(step, state), []
     for _ in range(4):
         state, metrics = step(state, tiny.batch())
@@ -163,10 +181,11 @@ def in_eight_bits(mesh, builder, scales):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scales", ["float8", "float8-delayed"])
-def test_training_in_float8_is_the_same_on_every_mesh(scales):
-    here, one = in_eight_bits("dp=1", "dp", scales)
-    there, cut = in_eight_bits("fsdp=2,tp=2", "zero3", scales)
-    exact = tiny.one_device("qwen3")["loss"]
+@pytest.mark.parametrize(("name", "axis"), [("qwen3", "fsdp"), ("moe", "ep")])
+def test_training_in_float8_is_the_same_on_every_mesh(name, axis, scales):
+    here, one = in_eight_bits(name, "dp=1", "dp", scales)
+    there, cut = in_eight_bits(name, f"{axis}=2,tp=2", "zero3", scales)
+    exact = tiny.one_device(name)["loss"]
     assert there[0] == pytest.approx(here[0], rel=2e-3)
     assert there == pytest.approx(here, rel=2e-2)  # one rounding the other way, and steps after it
     assert here[0] == pytest.approx(float(exact), rel=0.05) and here[0] != float(exact)
@@ -180,5 +199,7 @@ def test_training_in_float8_is_the_same_on_every_mesh(scales):
 def test_bad_wishes_are_told():
     with pytest.raises(UserError, match="choose one of float16, float8, float8-delayed"):
         Strategy(precision="int4")
+    with pytest.raises(UserError, match="choose dispatch=padded"):
+        build(Strategy("ep=2", dispatch="ring", precision="float8"), tiny.MOE, tiny.optimizer())
     with pytest.raises(UserError, match="stages have no scales"):
         trained("qwen3", "pp=2", "dp", schedule="1f1b", accumulate=2, fp8=True)
