@@ -28,6 +28,8 @@ def serve(
     keys: Path | None = None,
     drain: int = 60,
     disaggregate: bool = False,
+    replicas: int = 1,
+    gpus: int = 0,
     offline: bool = False,
     engine: OmitArgPrefixes[EngineConfig] = EngineConfig(),  # noqa: B008 (immutable)
 ) -> None:
@@ -42,6 +44,8 @@ def serve(
       keys: a JSON file {tenant: key}; without it, and without JAXINFRA_API_KEY, none is asked.
       drain: seconds for the answers under way when told to end.
       disaggregate: one engine for prompts, another for answers; of several GPUs each has one.
+      replicas: several such servers, on the machines of a Ray cluster, behind one address.
+      gpus: of each replica.
       offline: use only what is on this machine.
     """
     from decode.server.app import Settings
@@ -51,6 +55,14 @@ def serve(
     from jaxinfra.text import Tokenizer
     from jaxinfra.weights.pull import pull
 
+    if replicas > 1:
+        from decode import replicas as ray
+
+        one = functools.partial(
+            serve, model, name=name, dtype=dtype, keys=keys, drain=drain, offline=offline,
+            disaggregate=disaggregate, engine=engine,
+        )  # fmt: skip
+        return ray.run(one, replicas, host=host, port=port, gpus=gpus)
     path = pull(model, offline=offline)
     if engine.draft_model is not None and engine.draft_layers is None:
         draft = str(pull(engine.draft_model, offline=offline))
