@@ -62,6 +62,9 @@ class RLConfig:
     """Groups whose rewards are all alike do not count (DAPO's dynamic sampling, no refill)."""
     optimizer: OptimizerConfig = ADAM
     remat: Literal["none", "matmuls", "attention", "full"] = "none"
+    pack: float = 0.0
+    """Share of its rows that a forward pass's sequences are packed into, as 0.5; 0: one a row. A
+    batch that does not fit is passed unpacked (metrics packing/fits, packing/fill)."""
 
     def __post_init__(self) -> None:
         if self.algorithm not in get_args(Algorithm):
@@ -88,6 +91,8 @@ class RLConfig:
                 f"align: importance={self.importance!r}: rloo weighs whole answers: give "
                 "sequence_truncate or sequence_mask"
             )
+        if not 0 <= self.pack < 1:
+            raise UserError(f"align: pack={self.pack}: give a share of the rows below 1, or 0")
         if self.overlong_cushion >= self.max_new_tokens:
             raise UserError(f"align: overlong_cushion={self.overlong_cushion}: give less than "
                             f"max_new_tokens={self.max_new_tokens}")  # fmt: skip

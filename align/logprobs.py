@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from align.packing import Plan, hidden
 from jaxinfra.generate import Sampling
 from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
@@ -91,6 +92,7 @@ def answer_logps(
     lengths: Int[Array, " B"],
     T: int,
     sampling: Sampling,
+    where: Plan | None = None,
     **options,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probabilities and entropies of the T tokens after each row's prompt.
@@ -98,9 +100,10 @@ def answer_logps(
     Args:
       tokens: prompts and answers without a gap, padded at the right.
       lengths: tokens of each prompt, 1 or more.
-      options: those of `jaxinfra.model.transformer.hidden`: remat, unroll, implementation.
+      where: of packed rows, of all tokens but each sequence's last.
+      options: those of `align.packing.hidden`: remat, unroll, implementation, sure.
     """
-    x, _ = model.hidden(params, config, tokens[:, :-1], **options)
+    x = hidden(params, config, tokens[:, :-1], where, **options)
     states = answer_states(x, lengths, T)
     return state_logps(params, config, states, answer_tokens(tokens, lengths, T), sampling)
 

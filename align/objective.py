@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from align.aggregate import masked_mean
@@ -16,6 +17,7 @@ from align.config import RLConfig
 from align.experience import Experience, Metrics, mismatch
 from align.logprobs import answer_logps
 from align.losses import policy_loss, rloo_loss, value_loss
+from align.packing import Plan, plan, rows_of
 from align.rollout import Rollout
 from align.value_model import ValueModel, answer_values
 from jaxinfra.model.config import ModelConfig
@@ -28,7 +30,7 @@ def logps_of(
     """Log-probabilities and entropies of the answers' tokens."""
     return answer_logps(
         _cast(params, dtype), model, r.tokens, r.lengths, config.max_new_tokens, config.sampling,
-        remat=config.remat,
+        packed(config, r), remat=config.remat,
     )  # fmt: skip
 
 
@@ -37,8 +39,18 @@ def values_of(
 ) -> Float[Array, "B T"]:
     """The critic's word on the answers' tokens."""
     return answer_values(
-        _cast(critic, dtype), model, r.tokens, r.lengths, config.max_new_tokens, remat=config.remat
-    )
+        _cast(critic, dtype), model, r.tokens, r.lengths, config.max_new_tokens,
+        packed(config, r), remat=config.remat,
+    )  # fmt: skip
+
+
+def packed(config: RLConfig, r: Rollout) -> Plan | None:
+    """Where the sequences stand in fewer rows; None where the config packs nothing."""
+    if not config.pack:
+        return None
+    B, S = r.tokens.shape
+    sizes = r.lengths + jnp.sum(r.mask, axis=1).astype(jnp.int32)
+    return plan(sizes - 1, S - 1, rows_of(config.pack, B))
 
 
 def policy_objective(
@@ -61,6 +73,9 @@ def policy_objective(
             logps, old, e.advantages, e.mask, config.loss, ref_logps=e.ref_logps,
             entropy=entropy, weights=e.weights, length=config.max_new_tokens,
         )  # fmt: skip
+    if where := packed(config, e.rollout):
+        metrics["packing/fill"] = jnp.mean((where.segments > 0).astype(jnp.float32))
+        metrics["packing/fits"] = where.fits.astype(jnp.float32)
     return total, metrics | mismatch(old, e.rollout, e.mask)
 
 

@@ -32,6 +32,7 @@ from align.checkpoint import RunCheckpoints
 from align.config import RLConfig
 from align.host_loop import HostLoop, JitRollouts
 from align.online_commands import WARM, OnlineConfig
+from align.packing import rows_of
 from align.records import Recorder
 from align.rewards import Scorer
 from align.step import Problems, Reward, RLState, create, make_step
@@ -184,6 +185,11 @@ def plan(config: OnlineConfig) -> None:
         ("cache of a rollout",
          f"{cache * at.model.num_kv_heads * at.model.head_dim / 1e6:.2f} MB"),
     ]  # fmt: skip
+    if rl.pack:
+        count = rl.answers // rl.minibatches
+        into = rows_of(rl.pack, count)
+        saved = f"{1 - into / count:.0%} of the tokens saved where they fit"
+        rows.append(("packed", f"{count} sequences an update in {into} rows, {saved}"))
     if memory is not None:
         peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         rows.append(("the step in one program", f"{peak / 1e6:.2f} MB, {config.loop} is asked for"))

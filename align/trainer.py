@@ -51,7 +51,7 @@ from jaxinfra.weights import safetensors
 
 _OF_THE_RUN = {
     "data", "out", "model", "finetune", "tokenizer", "steps", "remat", "eval_every", "keep",
-    "checkpoint_every", "log_every", "resume", "dry_run", "mesh", "emulate",
+    "checkpoint_every", "log_every", "resume", "dry_run", "mesh", "emulate", "pack",
 }  # fmt: skip
 
 
@@ -110,14 +110,20 @@ class _Run(Run):
         if self.placement is not None:
             params = jax.device_put(params, self.placement.frozen)
         about = _about(config, self.model_config, self.tokenizer, self.rows, params, self.dtype)
-        how = {"steps": config.steps, "remat": config.remat, "mesh": config.mesh}
+        how = {"steps": config.steps, "remat": config.remat, "mesh": config.mesh,
+               "pack": config.pack}  # fmt: skip
         self.checkpoints = Checkpoints(self.out / "checkpoints", about, config.keep, how)
         if self.objective.reference is not None:
             arrays["reference"] = self._reference(params, about)
         self.data = rows.Batches(arrays, config.batch_size, config.seed, config.validation)
         self.state = self._start(params)
         where = None if self.placement is None else self.placement.rows
-        step = make_step(config, self.objective, self.optimizer, rate, self.dtype, where)
+        packed, self.packed = self.objective, ""
+        if config.pack:
+            count, unpacked, full = self.data.packed_rows(config)
+            packed = make_objective(config, self.model_config, self.rows.beliefs, rows=count)
+            self.packed = f", {unpacked} sequences a pass in {count}, {full / count:.0%} filled"
+        step = make_step(config, packed, self.optimizer, rate, self.dtype, where)
         self.step = lambda state, batch: step(state, batch, self.frozen)
         self.evaluate = make_evaluation(config, self.objective, self.dtype)
         self.meter = Meter(
@@ -186,8 +192,8 @@ class _Run(Run):
         self.console.print(
             f"{trained / 1e6:.2f} M parameters are trained"
             + (f", {frozen / 1e6:.1f} M frozen" if frozen else "")
-            + f"; {self.rows.told(self.config.max_length)}; {self.config.batch_size} rows a step, "
-            + self.dtype.name
+            + f"; {self.rows.told(self.config.max_length)}; {self.config.batch_size} rows a step"
+            + f"{self.packed}, {self.dtype.name}"
             + (f", from step {self.first}" if self.first else ""),
             highlight=False,
         )

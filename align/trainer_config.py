@@ -72,6 +72,8 @@ class TrainerConfig:
     """Of the computation; what is trained is kept in float32. auto: float32 on a CPU."""
     remat: Literal["none", "matmuls", "attention", "full"] = "none"
     """What the backward pass computes again to save memory; full saves most."""
+    pack: bool = False
+    """Lay short sequences into shared rows: the same losses without what padding costs."""
     mesh: str | None = None
     """Sizes of axes, as in dp=2,fsdp=2,tp=2; by default one device."""
     emulate: int = 0
@@ -104,6 +106,8 @@ class TrainerConfig:
                 f"{self.method}: batch_size={self.batch_size} is not a multiple of "
                 f"accumulate={self.accumulate}"
             )
+        if self.pack and self.mesh:
+            raise UserError(f"{self.method}: pack lays sequences across a mesh's rows; leave one")
         if not 0 <= self.validation < 1:
             raise UserError(f"{self.method}: validation={self.validation}: give a share in [0, 1)")
         if self.eval_every < 0:

@@ -25,6 +25,7 @@ from align.losses import (
     pairwise_loss,
     preference_loss,
 )
+from align.packing import Plan, hidden, plan
 from align.trainer_config import DPO, GDPO, KTO, ORPO, SFT, Reward, SimPO, TrainerConfig
 from align.value_model import ValueModel, sequence_scores
 from jaxinfra.generate import Sampling
@@ -53,15 +54,28 @@ class Objective(NamedTuple):
 
 
 def make_objective(
-    config: TrainerConfig, model: ModelConfig, beliefs: tuple[int, ...] = ()
+    config: TrainerConfig, model: ModelConfig, beliefs: tuple[int, ...] = (), *, rows: int = 0
 ) -> Objective:
-    """The objective of the method that `config` is of; `beliefs` are gdpo's tokens."""
-    options: dict[str, Any] = {"remat": config.remat}
+    """The objective of the method that `config` is of; `beliefs` are gdpo's tokens.
+
+    With `rows`, those of `align.preferences.rows.packed_rows`, a forward pass's sequences are
+    packed into so many.
+    """
+    options: dict[str, Any] = {"remat": config.remat, "sure": True}
+
+    def packed(batch: Batch, left_out: int = 1) -> Plan | None:
+        """Of all tokens of each sequence but the last, which foretells nothing."""
+        if not rows:
+            return None
+        sizes, S = _flat(batch["sizes"]), batch["tokens"].shape[-1]
+        return plan(sizes - left_out, S - left_out, rows)
 
     def logps(policy: Params, batch: Batch) -> tuple[Array, Array]:
         """Of answers' tokens [B, k, T]: log-probabilities and entropies."""
         tokens, lengths, mask = (_flat(batch[name]) for name in ("tokens", "lengths", "mask"))
-        found = answer_logps(policy, model, tokens, lengths, mask.shape[1], _PLAIN, **options)
+        found = answer_logps(
+            policy, model, tokens, lengths, mask.shape[1], _PLAIN, packed(batch), **options
+        )
         return tuple(a.reshape(batch["mask"].shape) for a in found)  # pyright: ignore
 
     def sums(policy: Params, batch: Batch) -> Array:
@@ -86,7 +100,8 @@ def make_objective(
 
         def reward(policy: ValueModel, batch: Batch, count: Array) -> tuple[Array, Metrics]:
             tokens, sizes = _flat(batch["tokens"]), _flat(batch["sizes"])
-            scores = sequence_scores(policy, model, tokens, sizes, **options).reshape(-1, 2)
+            scores = sequence_scores(policy, model, tokens, sizes, packed(batch, 0), **options)
+            scores = scores.reshape(-1, 2)
             c, j = scores[:, 0], scores[:, 1]
             loss = pairwise_loss(c, j, margin=batch.get("margin", 0.0), centre=config.centre)
             return loss, {
@@ -152,7 +167,7 @@ def make_objective(
             tokens, lengths, sizes = (_flat(batch[n]) for n in ("tokens", "lengths", "sizes"))
             S = tokens.shape[1] - 1
             found, _ = answer_logps(
-                policy, model, tokens, jnp.ones_like(lengths), S, _PLAIN, **options
+                policy, model, tokens, jnp.ones_like(lengths), S, _PLAIN, packed(batch), **options
             )
             target = jnp.arange(1, S + 1)
             place = target - lengths[:, None]
@@ -195,7 +210,7 @@ def make_objective(
     def beliefs_first(policy: Params, batch: Batch, count: Array) -> tuple[Array, Metrics]:
         tokens, lengths, mask = (_flat(batch[n]) for n in ("tokens", "lengths", "mask"))
         T = mask.shape[1]
-        x, _ = transformer.hidden(policy, model, tokens[:, :-1], **options)
+        x = hidden(policy, model, tokens[:, :-1], packed(batch), **options)
         states = answer_states(x, lengths - 1, T + 1)
         said = transformer.head(policy, model, states[::2, :1])[:, 0]
         found, _ = state_logps(

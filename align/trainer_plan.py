@@ -56,7 +56,15 @@ def plan(config: TrainerConfig, console: Console | None = None) -> dict[str, flo
     if objective.reference is not None:
         arrays["reference"] = np.zeros(arrays["lengths"].shape, np.float32)
     data = rows.Batches(arrays, config.batch_size, config.seed, config.validation)
-    batch = data.batch_at(0)
+    batch, packed = data.batch_at(0), ()
+    if config.pack:
+        count, unpacked, full = data.packed_rows(config)
+        objective = make_objective(config, model, found.beliefs, rows=count)
+        packed = (
+            f"packed: {unpacked} sequences a forward pass in {count} rows, {full / count:.0%} of "
+            f"them filled in place of {full / unpacked:.0%}: {1 - count / unpacked:.0%} of the "
+            "tokens saved",
+        )
     step: Any = make_step(config, objective, optimizer, rate, dtype, where)
     memory = step.lower(state, batch, frozen).compile().memory_analysis()
     told = {
@@ -75,6 +83,7 @@ def plan(config: TrainerConfig, console: Console | None = None) -> dict[str, flo
         f"{told['epochs']:.1f} epochs, {told['tokens']:,.0f} tokens a step",
         f"trained and the optimiser's {_size(told['trained'])}, frozen {_size(told['frozen'])}, "
         f"a batch {_size(told['batch'])}, while a step runs {_size(told['temporary'])}",
+        *packed,
         f"memory in all {_size(total)}, {dtype.name}, on {jax.devices()[0].device_kind}"
         + (f", each of the mesh {config.mesh}" if config.mesh else ""),
     ):

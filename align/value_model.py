@@ -14,8 +14,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from align.logprobs import answer_states
+from align.packing import Plan, hidden
 from jaxinfra.errors import UserError
-from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Leaf, Params
 from jaxinfra.weights.open import load_weights
@@ -45,10 +45,14 @@ def answer_values(
     tokens: Int[Array, "B S"],
     lengths: Int[Array, " B"],
     T: int,
+    where: Plan | None = None,
     **options,
 ) -> Float[Array, "B T"]:
-    """The value of the state in which each of T answer tokens is chosen, float32."""
-    x, _ = model.hidden(critic.trunk, config, tokens[:, :-1], **options)
+    """The value of the state in which each of T answer tokens is chosen, float32.
+
+    `where` and `options` are those of `align.logprobs.answer_logps`.
+    """
+    x = hidden(critic.trunk, config, tokens[:, :-1], where, **options)
     return _numbers(critic, answer_states(x, lengths, T))
 
 
@@ -57,10 +61,14 @@ def sequence_scores(
     config: ModelConfig,
     tokens: Int[Array, "B S"],
     lengths: Int[Array, " B"],
+    where: Plan | None = None,
     **options,
 ) -> Float[Array, " B"]:
-    """The number at the last of each row's `lengths` tokens: a reward model's score, float32."""
-    x, _ = model.hidden(reward_model.trunk, config, tokens, **options)
+    """The number at the last of each row's `lengths` tokens: a reward model's score, float32.
+
+    `where` is of packed rows, of all `lengths` tokens.
+    """
+    x = hidden(reward_model.trunk, config, tokens, where, **options)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
     return _numbers(reward_model, last)[:, 0]
 

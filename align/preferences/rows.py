@@ -2,7 +2,7 @@
 
 A row has k sequences: one for sft, chosen and rejected for pairs, and for kto an answer and another
 record's answer to the same prompt. All rows have one shape, so that a step is compiled once; tokens
-of padding cost as much as others.
+of padding cost as much as others, unless a run packs (`align.packing`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from align.packing import rows_for
 from align.preferences.encode import Encoder, Sequence
 from align.preferences.sources import Record, read
 from align.trainer_config import TrainerConfig
@@ -159,23 +160,44 @@ class Batches:
 
     def batch_at(self, step: int) -> dict[str, np.ndarray]:
         """Batch number `step` (from 0), known without those before it."""
+        rows = self._rows_at(step)
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+    def _rows_at(self, step: int) -> np.ndarray:
         place = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epoch, index = np.divmod(place, self.training)
         order = np.empty_like(index)
         for e in np.unique(epoch):
             there = epoch == e
             order[there] = permute(index[there], self.training, self.seed, int(e))
-        return self._at(self.held_out + order)
+        return self._order(self.held_out + order)
+
+    def packed_rows(self, config: TrainerConfig) -> tuple[int, int, float]:
+        """Rows that a forward pass of any of the run's steps needs packed, those it has unpacked,
+        and the tokens that a pass has, in rows.
+
+        A pass is of the sequences of a part of a batch; kto's two passes have one of a row each.
+        """
+        sizes, S = self.arrays["sizes"], self.arrays["tokens"].shape[2]
+        less = 0 if config.method == "reward" else 1  # the last token foretells nothing
+        most, filled = 0, []
+        for step in range(config.steps):
+            for part in np.split(sizes[self._rows_at(step)], config.accumulate):
+                for pass_ in part.T if config.method == "kto" else (part,):
+                    most = max(most, rows_for(pass_.ravel() - less, S - less))
+                    filled.append(np.sum(pass_ - less) / (S - less))
+        k = 1 if config.method == "kto" else sizes.shape[1]
+        return most, config.batch_size // config.accumulate * k, float(np.mean(filled))
 
     def validation_batches(self) -> list[dict[str, np.ndarray]]:
         """The held-out rows in whole batches, a remainder left out; one smaller batch if few."""
         size = min(self.batch_size, self.held_out)
         starts = range(0, self.held_out - size + 1, size) if size else ()
-        return [self._at(np.arange(start, start + size)) for start in starts]
+        chosen = [self._order(np.arange(start, start + size)) for start in starts]
+        return [{name: array[rows] for name, array in self.arrays.items()} for rows in chosen]
 
-    def _at(self, places: np.ndarray) -> dict[str, np.ndarray]:
-        chosen = permute(places, self.rows, self.seed, _SPLIT)
-        return {name: array[chosen] for name, array in self.arrays.items()}
+    def _order(self, places: np.ndarray) -> np.ndarray:
+        return permute(places, self.rows, self.seed, _SPLIT)
 
 
 def _with_mismatched(own: list[Sequence], data: str) -> list[list[Sequence]]:
