@@ -91,7 +91,7 @@ def _turn(at_work: dict[str, Contestant], key: str, until: float) -> dict | None
     signal.alarm(max(1, round(until - time.monotonic())))
     try:
         return at_work[key].turn()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"{key}: {error}: left out", flush=True)
         at_work.pop(key)._process.kill()
         return None
