@@ -12,6 +12,7 @@ NAMES = {
     "fusion": "bytes and kernels of a chain, fused and not",
     "inductor_source": "the Triton kernels that torch.compile writes, read without a GPU",
     "autodiff": "what is kept for the backward pass, and derivatives of derivatives",
+    "batching": "vmap, gradients of each example, and branches",
     "remat": "memory against computing again",
     "compile_cost": "what L layers cost the compiler",
     "recompilation": "programs compiled for a stream of shapes",

@@ -7,6 +7,7 @@ import pytest
 
 from contrast import (
     autodiff,
+    batching,
     capture,
     compile_cost,
     data_parallel,
@@ -118,6 +119,16 @@ def test_errors_grow_with_fewer_bits():
     full = found["float32, highest: ULP"]
     assert full < 50 < 100 * full < found["bfloat16, result float32: ULP"]
     assert found["bfloat16, result float32: ULP"] < found["bfloat16, result bfloat16: ULP"]
+
+
+def test_a_batch_costs_the_operations_of_one():
+    found = batching.in_jax()
+    one = found["operations of one gradient"]
+    assert found["operations of 16, by vmap"] <= one + 2
+    assert found["operations of 16, in a loop"] > 10 * one
+    assert found["largest difference"] < 1e-6
+    assert found["a branch on a batched value"] == "both run, select"
+    assert found["branches on a value of the whole"] == "one runs"
 
 
 def test_a_draw_depends_on_its_key_alone():

@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 
 from contrast import (  # noqa: E402
     autodiff,
+    batching,
     capture,
     compile_cost,
     data_parallel,
@@ -130,6 +131,15 @@ def test_mutation_copies_nothing_and_its_victims_are_told():
     assert found["copies, memory given up"] == found["copies in a loop of 8 updates"] == 0
     assert "inplace" in found["using the old value afterwards"]
     assert "select_scatter" in found["mutations in the functional graph"]
+
+
+def test_a_batch_costs_the_operations_of_one():
+    found = batching.in_torch()
+    one = found["operations of one gradient"]
+    assert found["operations of 16, by vmap"] <= one + 2
+    assert found["operations of 16, in a loop"] > 10 * one
+    assert found["largest difference"] < 1e-6
+    assert found["a branch on a batched value"].startswith("refused")
 
 
 def test_generators_are_state():
