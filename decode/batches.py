@@ -31,42 +31,57 @@ def pack(plan: Plan, layout: Layout, keys: Mapping[Sequence, tuple[int, int]]) -
     Where the layout draws at every token, place i is token i; else place i is row i's last token.
     """
     packed, view = layout.empty()
-    rows, at = view["rows"], 0
+    rows: list[tuple[int, ...]] = []
+    tokens: list[int] = []
+    starts, switches = [0], [0] * 4
     for i, chunk in enumerate(plan.chunks):
         sequence, params = chunk.sequence, chunk.sequence.request.params
-        tokens = sequence.tokens[chunk.start : chunk.end]
-        if tokens[-1] == PENDING:
-            tokens = [-1 - sequence.slot]
-        tokens = [*tokens, *chunk.drafts]
-        view["tokens"][at : at + len(tokens)] = tokens
+        new = sequence.tokens[chunk.start : chunk.end]
+        if new[-1] == PENDING:
+            new = [-1 - sequence.slot]
         if params.prompt_logprobs is not None:
-            after = sequence.request.prompt[chunk.start + 1 : chunk.end + 1]
+            at, prompt = len(tokens), sequence.request.prompt
+            after = prompt[chunk.start + 1 : chunk.end + 1]
             view["after"][at : at + len(after)] = after
+            if chunk.start < len(prompt):
+                switches[3] = max(switches[3], 2 if params.prompt_logprobs else 1)
         if layout.drafts:
             view["before"][i] = sequence.tokens[max(chunk.start - 1, 0)]
-        at += len(tokens)
-        view["starts"][i + 1 :] = at
-        if layout.S and not layout.everywhere:
-            view["sample"][i] = at - 1
-        key_0, key_1 = keys[sequence]
-        rows[i] = (
-            sequence.slot, chunk.end + len(chunk.drafts), chunk.makes, params.top_k, key_0, key_1,
-            params.seed is not None, params.temperature, params.top_p, params.min_p,
-            params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
-        )  # fmt: skip
+        tokens += [*new, *chunk.drafts]
+        starts.append(len(tokens))
+        if not params.plain:
+            switches[0] |= params.penalised
+            switches[1] |= params.truncated
+            switches[2] |= bool(params.logprobs)
+        length = chunk.end + len(chunk.drafts)
+        rows.append((sequence.slot, length, chunk.makes, *_constants(sequence, keys)))
         pages = sequence.table.pages
         view["table"][i, : len(pages)] = pages
-        scored = params.prompt_logprobs
-        view["switches"] |= np.asarray([
-            params.penalised,
-            params.truncated,
-            bool(params.logprobs),
-            0 if scored is None or chunk.start >= len(sequence.request.prompt)
-            else 2 if scored else 1,
-        ], np.int32)  # fmt: skip
+    at, B = len(tokens), len(rows)
+    view["tokens"][:at] = tokens
+    view["rows"].view(np.int32).reshape(layout.B, -1)[:B] = rows
+    view["starts"][: B + 1], view["starts"][B + 1 :] = starts, at
+    view["switches"][:] = switches
+    if layout.S and not layout.everywhere:
+        view["sample"][:B] = view["starts"][1 : B + 1] - 1
     if layout.everywhere:
         view["sample"][:at] = np.arange(at)
     return packed
+
+
+def _constants(sequence: Sequence, keys: Mapping[Sequence, tuple[int, int]]) -> tuple[int, ...]:
+    """What of a sequence's row is the same in every step; floats as their bits."""
+    if not sequence.constants:
+        params = sequence.request.params
+        floats = np.array([
+            params.temperature, params.top_p, params.min_p, params.repetition_penalty,
+            params.presence_penalty, params.frequency_penalty,
+        ], np.float32)  # fmt: skip
+        sequence.constants = (
+            params.top_k, *keys[sequence], int(params.seed is not None),
+            *floats.view(np.int32).tolist(),
+        )  # fmt: skip
+    return sequence.constants
 
 
 def mask(

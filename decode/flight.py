@@ -45,7 +45,7 @@ class Flight:
         """What every chunk made. judge: how many of its drafts stand beside what was drawn."""
         drafted = None if self.out.drafts is None else np.asarray(self.out.drafts)
         drawn = self.out.drawn
-        tokens, logps = np.asarray(drawn.tokens), np.asarray(drawn.logps)
+        tokens, logps = np.asarray(drawn.tokens).tolist(), np.asarray(drawn.logps).tolist()
         tops = None
         if any(chunk.sequence.request.params.logprobs for chunk in self.plan.chunks):
             tops = np.asarray(drawn.top_tokens), np.asarray(drawn.top_logps)
@@ -57,13 +57,13 @@ class Flight:
                 places = [(0, last + i) for i in range(chunk.makes)]
                 drafts = chunk.drafts if drafted is None else drafted[row].tolist()
                 drafts = drafts[: len(chunk.drafts)]
-                places = places[: 1 + judge(drafts, [int(tokens[place]) for place in places])]
+                places = places[: 1 + judge(drafts, [tokens[0][at] for _, at in places])]
             else:
                 places = [(step, last) for step in range(chunk.makes)]
             likeliest = [_likeliest(*tops, place) if tops else {} for place in places]
             made.append(
-                Made(chunk, at, [int(tokens[p]) for p in places],
-                     [float(logps[p]) for p in places], likeliest)
+                Made(chunk, at, [tokens[k][s] for k, s in places],
+                     [logps[k][s] for k, s in places], likeliest)
             )  # fmt: skip
             at += count + len(chunk.drafts)
         return made

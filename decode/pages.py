@@ -83,10 +83,10 @@ class Table:
 
         Raises OutOfPages and then changes nothing.
         """
-        copy = self._writes_into_shared(tokens)
-        taken = self.pool.take(self.missing(tokens))
+        missing = self.missing(tokens)
+        taken = self.pool.take(missing) if missing else []
         copies = []
-        if copy:
+        if taken and self._writes_into_shared(tokens):
             source, self.pages[-1] = self.pages[-1], taken.pop()
             copies = [(source, self.pages[-1])]
             self.pool.release([source])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
@@ -62,28 +63,28 @@ class SamplingParams:
     seed: int | None = None
     grammar: Grammar | None = None
 
-    @property
+    @cached_property
     def watched(self) -> bool:
         """Whether the host must always see a token before it can say which may come next."""
         held = self.grammar is not None and not self.lazy
         return held or bool(self.bad_words) or self.min_tokens > 0
 
-    @property
+    @cached_property
     def lazy(self) -> bool:
         """Whether the grammar is; not where penalties would count a token that is drawn again."""
         return self.grammar is not None and self.grammar.lazy and not self.penalised
 
-    @property
+    @cached_property
     def penalised(self) -> bool:
         """Whether what was said before changes what is likely now."""
         return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
-    @property
+    @cached_property
     def truncated(self) -> bool:
         """Whether unlikely tokens are left out."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether temperature alone decides, and nothing but the tokens is told."""
         held = self.watched or self.grammar is not None

@@ -44,6 +44,7 @@ class Sequence:
     watched: bool = False  # the host must see its last token before the next is drawn
     cuts: int = 0  # times that tokens under way were given up
     read: int = 0  # tokens that a draft model has read
+    constants: tuple[int, ...] = ()  # of its row in a step (`decode.batches`)
     ended: bool = False
 
     @property
@@ -215,7 +216,7 @@ class Scheduler:
         plan.steps = self._steps(ranked, steps)
         # Those that make answers first, then prompts under way, then prompts that wait.
         for i, sequence in enumerate(sorted(ranked, key=lambda s: self._missing(s) > 1)):
-            if sequence in self.running:  # none that lost its pages to one before it
+            if sequence.slot >= 0:  # none that lost its pages to one before it
                 spare = left - (len(ranked) - i)
                 drafts = tuple(draft(sequence))[: max(spare, 0)] if draft else ()
                 left -= self._schedule(plan, sequence, left, drafts)
