@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -193,23 +193,13 @@ class EngineModel:
         cut = end.finish_reason == "length"
         yield Completion(message, usage, "length" if cut else "calls" if message.calls else "stop")
 
-    async def read(self, request: Request) -> None:
-        """Computes the prompt and draws nothing: what goes on from it, the session or forks of it,
-        finds it, until the session goes on or is released."""
-        done = asyncio.Event()
-        tokens = self._sessions.turn(request, self._max_len).tokens
-        self._read(request, tokens, 0.0, lambda told: done.set())
-        await done.wait()
-
-    def _read(
-        self, request: Request, tokens: tuple[int, ...], seconds: float, hear: Callable[[Any], None]
-    ) -> None:
+    def _read(self, request: Request, tokens: tuple[int, ...], seconds: float) -> None:
+        """Computes the tokens, as they are wanted in some seconds, and draws nothing."""
         account = self.account(request.session)
 
         def heard(told: Output | Exception) -> None:
             if isinstance(told, Output):
                 account.ahead += told.prompt_tokens - told.cached_tokens
-            hear(told)
 
         params = SamplingParams(max_tokens=1, temperature=0.0)
         asked = EngineRequest(uuid.uuid4().hex, tokens, params, program=request.program,
@@ -254,7 +244,7 @@ class EngineModel:
         with contextlib.suppress(UserError):  # of the template: the next turn tells it
             ahead = tokens + self._sessions.ahead(request, known, self._max_len)
             if len(ahead) // self._page > len(tokens) // self._page:  # else no page is gained
-                self._read(request, ahead, expected, lambda told: None)
+                self._read(request, ahead, expected)
 
 
 class _Parts:

@@ -3,9 +3,8 @@
     root = Branch(model, (user(task),))
     for child in await root.fork(3): await child.ask("Propose a next step.")
 
-A fork holds the same messages. A model with sessions of its own (`fork`, `read`, `release`) is
-told, so that it shares what it computed, also of a question that all forks are asked; any other
-serves the same prefix from its cache, if it has one.
+A fork holds the same messages. A model with sessions of its own (`fork` and `release`) is told, so
+that it shares what it computed; any other serves the same prefix from its cache, if it has one.
 """
 
 from __future__ import annotations
@@ -26,10 +25,6 @@ class Forking(Protocol):
 
     def fork(self, session: str, new: str) -> None:
         """Makes `new` a session with all that `session` holds, copying nothing."""
-        ...
-
-    async def read(self, request: Request) -> None:
-        """Computes a prompt that several forks of its session will have in common."""
         ...
 
     def release(self, session: str) -> None:
@@ -89,12 +84,6 @@ class Branch:
                 self.model.fork(self.session, name)
             made.append(Branch(self.model, self.messages, self.budget, self.settings, name))
         return made
-
-    async def read(self, text: str) -> None:
-        """Computes what forks have in common that will all be asked `text`; keeps nothing of it."""
-        if isinstance(self.model, Forking):
-            asked = (*self.messages, user(text))
-            await self.model.read(Request(asked, settings=self.settings, session=self.session))
 
     async def ask(self, text: str, settings: Settings | None = None) -> str:
         """Says `text`, and returns and keeps the answer."""

@@ -3,8 +3,7 @@
 Tree of thoughts: Yao et al., 2023, arXiv:2305.10601; graph of thoughts, whose nodes may also join
 several others: Besta et al., 2023, arXiv:2308.09687. Breadth b, beam k and depth d are at most
 k b d proposals, and as many judgements by value or k d by vote. All nodes of a level are asked side
-by side, and the question that the children of a node share is computed once for them all; what is
-pruned is released at once.
+by side; what is pruned is released at once.
 """
 
 from __future__ import annotations
@@ -78,7 +77,6 @@ def by_vote(root: Branch, votes: int = 3) -> Judge:
             found = _NUMBER.search(said)
             return int(float(found.group())) - 1 if found else -1
 
-        await root.read(prompt)
         counts = Counter(await _side_by_side([(one, seed) for seed in range(votes)]))
         return [float(counts[i]) for i in range(len(nodes))]
 
@@ -105,7 +103,6 @@ async def tree_of_thoughts(
     search = Search(None, False)
     level = [Node("", root)]
     for at in range(1, depth + 1):
-        await _side_by_side([(parent.branch.read, propose) for parent in level])
         grown = await _side_by_side(
             [(_propose, parent, i, propose, temperature) for parent in level
              for i in range(breadth)]

@@ -11,10 +11,8 @@ from agent import Agent, MemoryStore, run, tool
 from agent.engine_sessions import Sessions
 from agent.events import ToolFinished, ToolStarted
 from agent.host_pages import HostPages
-from agent.messages import user
-from agent.model import CallDelta, Completion, Request, Settings
+from agent.model import CallDelta, Completion, Request
 from agent.policy import Guardrail, Policy, Rule
-from agent.reason import Branch
 from agent.scripted import ScriptedModel, call, calls
 from tests.agent.compat_server import call as written
 from tests.agent.steered_engine import SHORT, comes, quiet, serving, taken
@@ -139,31 +137,6 @@ def test_a_result_that_is_there_already_ends_the_reading():
         assert model.account("s").recomputed == 0
         quiet(model)
         assert engine.stats().pages_used == 0
-
-
-async def nothing(self, text):
-    pass
-
-
-@pytest.mark.parametrize("wrong", [False, True], ids=["read", "not read"])
-def test_a_question_that_forks_are_asked_is_computed_once(wrong, monkeypatch):
-    if wrong:
-        monkeypatch.setattr(Branch, "read", nothing)
-
-    async def main(model):
-        root = Branch(model, (user("Plan. " * 20),), settings=Settings(max_tokens=2, seed=1))
-        await root.read("Propose the next step, in one line.")
-        forks = await root.fork(4)
-        async with anyio.create_task_group() as group:
-            for fork in forks:
-                group.start_soon(fork.ask, "Propose the next step, in one line.")
-        return [model.account(one.session) for one in (root, *forks)]
-
-    with serving() as (model, _):
-        read, *asked = anyio.run(main, model)
-    computed = [one.prompt - one.cached for one in asked]
-    assert (max(computed) <= SIZE) == (not wrong), computed
-    assert read.ahead == (0 if wrong else asked[0].prompt)
 
 
 def two_calls(prompt):

@@ -41,15 +41,12 @@ class Sessions(ScriptedModel):
     def __init__(self, script):
         super().__init__(script)
         self.open: set[str] = set()
-        self.forks, self.reads = 0, []
+        self.forks = 0
 
     def fork(self, session: str, new: str) -> None:
         assert new not in self.open
         self.open.add(new)
         self.forks += 1
-
-    async def read(self, request: Request) -> None:
-        self.reads.append(request.messages[-1].content)
 
     def release(self, session: str) -> None:
         self.open.remove(session)
