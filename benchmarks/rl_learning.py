@@ -1,21 +1,22 @@
 """Three tasks learnt by reward, by GRPO, RLOO and PPO, three seeds each.
 
-    python -m benchmarks.rl_learning            # two minutes on one H200
-    python -m benchmarks.rl_learning spell_backward:grpo        # a part of it
+    python -m benchmarks.rl_learning OUT            # two minutes on one H200
+    python -m benchmarks.rl_learning OUT spell_backward:grpo chain_sum:ppo        # a part of it
 
 A policy of two layers (75,000 parameters) sees some hundred batches of answers, until about half of
 what it draws is right, and then learns from rewards alone: all steps one program, the seeds side by
 side, and the nine programs in threads of their own, as most of the time goes to compiling them.
 What counts is the mean reward of the last ten steps' answers, drawn at temperature 1; beside it
-stand problems that were held out.
+stand problems that were held out. Each pair has an entry of its own in OUT; the curves are drawn of
+all entries there, so the parts of one table may be measured at different times.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import io
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from align.warm_start import make_warm_start
 from jaxinfra.files import write_file
 from jaxinfra.generate import Sampling
 from jaxinfra.hardware.detect import usable_cpus
-from jaxinfra.measure import Entry, environment, write
+from jaxinfra.measure import Entry, environment, read_all, write
 from jaxinfra.model import params as P
 from jaxinfra.model.params import Params
 from jaxinfra.train.config import OptimizerConfig
@@ -56,7 +57,6 @@ ALGORITHMS = {
     "rloo": dataclasses.replace(_GROUPED, algorithm="rloo"),
     "ppo": dataclasses.replace(WITH_CRITIC, prompts=512, optimizer=_RATE),
 }
-Found = dict[str, dict[str, "Learnt"]]  # by task and algorithm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,43 +137,43 @@ def _held_out(task: str, model: Any, config: RLConfig, temperature: float) -> An
     return lambda params: np.asarray(mapped(params))
 
 
-def entry(task: str, found: dict[str, Learnt]) -> Entry:
-    """The ledger's entry of a task."""
-    worst = min(float(f.final.min()) for f in found.values())
-    unseen = min(float(f.greedy.min()) for f in found.values())
+def entry(task: str, name: str, f: Learnt) -> Entry:
+    """The ledger's entry of a task and an algorithm."""
     return Entry(
-        name=f"rl-learning-{task.replace('_', '-')}",
-        claim=f"{task} learnt by reward: final reward by GRPO, RLOO and PPO",
-        command="python -m benchmarks.rl_learning",
-        unit="mean reward",
-        samples={name: f.final.tolist() for name, f in found.items()},
-        ratio=None, interval=None, roofline=None, roof="a reward has none; 1 is the most",
-        inputs=f"{PROBLEMS} problems of the easy setting, {WARM_STEPS[task]} supervised steps of "
-               f"64, then {STEPS} steps of 512 answers; {SEEDS} seeds",
-        mislead=f"the three are settings of this project, none is a peer; the easy settings have "
-                f"few different problems; the worst run ends at {worst:.3f}, and on problems held "
-                f"out a greedy policy gets {unseen:.3f} at the least",
-        environment=environment(),
-        extra={
-            name: {"rewards": np.round(f.rewards, 4).tolist(), "before": f.before.tolist(),
-                   "greedy": f.greedy.tolist(), "seconds": round(f.seconds, 1)}
-            for name, f in found.items()
+        name=f"rl-learning-{task.replace('_', '-')}-{name}",
+        claim=f"{task} learnt by {name.upper()}: the mean reward of the last {LAST} steps' answers",
+        command=f"python -m benchmarks.rl_learning OUT {task}:{name}",
+        unit="of 1",
+        samples={
+            "after": f.final.tolist(), "after, greedy, held out": f.greedy.tolist(),
+            "after, held out": f.after.tolist(), "before, held out": f.before.tolist(),
         },
+        ratio=None, interval=None, roofline=None, roof="a reward has none; 1 is the most",
+        inputs=f"{PROBLEMS} problems of the easy setting, a fifth of the different ones held out; "
+               f"{WARM_STEPS[task]} supervised steps of 64, then {STEPS} steps of 512 answers; "
+               f"{len(f.final)} seeds; a policy of two layers, float32",
+        mislead=f"before and after are settings of this project, none is a peer; an easy setting "
+                f"has few different problems, and the last steps' answers are to problems learnt "
+                f"from; the worst seed ends at {f.final.min():.3f}, held out at "
+                f"{f.after.min():.3f}",
+        environment=environment(),
+        extra={"rewards": np.round(f.rewards, 4).tolist(), "seconds": round(f.seconds, 1)},
     )  # fmt: skip
 
 
-def curves(found: Found) -> Figure:
-    """Rewards by step, a line for each seed."""
-    fig = Figure(figsize=(4 * len(found), 3.2), layout="constrained")
-    for ax, (task, by_name) in zip(fig.subplots(1, len(found), squeeze=False)[0], found.items(),
-                                   strict=True):  # fmt: skip
-        for number, (name, f) in enumerate(by_name.items()):
-            for seed, row in enumerate(f.rewards):
+def curves(folder: Path) -> Figure:
+    """Rewards by step of all entries in `folder`, a line for each seed."""
+    there = {e.name: e.extra["rewards"] for e in read_all(folder) if "rewards" in e.extra}
+    fig = Figure(figsize=(4 * len(TASKS), 3.2), layout="constrained")
+    for ax, task in zip(fig.subplots(1, len(TASKS), squeeze=False)[0], TASKS, strict=True):
+        for number, name in enumerate(ALGORITHMS):
+            rewards = there.get(f"rl-learning-{task.replace('_', '-')}-{name}", [])
+            for seed, row in enumerate(rewards):
                 ax.plot(
                     np.arange(1, len(row) + 1), row, color=f"C{number}", linewidth=0.8,
                     label=name if seed == 0 else None,
                 )  # fmt: skip
-        ax.axhline(0.9, color="grey", linestyle=":", linewidth=0.8)
+        ax.axhline(0.9, color="grey", linestyle=":", linewidth=0.8, label="0.9")
         ax.set(title=task, xlabel="step", ylabel="mean reward", ylim=(0, 1))
         ax.legend()
     return fig
@@ -188,33 +188,32 @@ def _tried(pair: tuple[str, str]) -> Learnt | Exception:
         return error
 
 
-def main(args: Sequence[str]) -> None:
-    """Runs all, or the TASK:ALGORITHM of `args`; prints the table, writes entries and curves."""
-    begun = time.perf_counter()
+def main(argv: Sequence[str]) -> None:
+    """Runs all or some pairs; prints a line and writes an entry for each, then the curves."""
     every = [f"{task}:{name}" for task in TASKS for name in ALGORITHMS]
-    asked = [(task, name) for task, _, name in (pair.partition(":") for pair in args or every)]
-    folder = Path(os.environ.get("OUT", "benchmarks/results"))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rl_learning")
+    parser.add_argument("out", type=Path, help="folder of the entries")
+    parser.add_argument("pairs", nargs="*", metavar="TASK:ALGORITHM", help=", ".join(every))
+    args = parser.parse_args(argv)
+    if unknown := set(args.pairs) - set(every):
+        parser.error(f"{', '.join(sorted(unknown))}: choose of {', '.join(every)}")
+    begun = time.perf_counter()
+    asked = [(task, name) for task, _, name in (p.partition(":") for p in args.pairs or every)]
     with ThreadPoolExecutor(min(len(asked), usable_cpus())) as pool:
         tasks = list(dict.fromkeys(task for task, _ in asked))
         list(pool.map(lambda task: warm(task, SEEDS, WARM_STEPS[task]), tasks))
-        learnt = pool.map(_tried, asked)
-        found: Found = {task: {} for task in tasks}
-        for (task, name), f in zip(asked, learnt, strict=True):
+        for (task, name), f in zip(asked, pool.map(_tried, asked), strict=True):
             if isinstance(f, Exception):
                 print(f"{task} {name}: {f!r}", flush=True)
                 continue
-            found[task][name] = f
             columns = {"first": f.rewards[:, 0], "final": f.final, "held out, before": f.before,
                        "after": f.after, "greedy": f.greedy}  # fmt: skip
             shown = "; ".join(f"{k} {' '.join(f'{x:.3f}' for x in v)}" for k, v in columns.items())
             print(f"{task:14s} {name:4s} {shown}; {f.seconds:.0f} s", flush=True)
-    found = {task: by_name for task, by_name in found.items() if by_name}
-    if not args:
-        for task in found:
-            print(write(entry(task, found[task]), folder))
+            write(entry(task, name, f), args.out)
     drawn = io.BytesIO()
-    curves(found).savefig(drawn, format="svg")
-    write_file(folder / "rl-learning.svg", drawn.getvalue())
+    curves(args.out).savefig(drawn, format="svg")
+    write_file(args.out / "rl-learning.svg", drawn.getvalue())
     print(f"{time.perf_counter() - begun:.0f} s in all")
 
 
