@@ -149,8 +149,7 @@ def kernels(
     Args:
       action: bench and tune need a Hopper GPU; explain needs none.
       kernel: matmul, attention, paged-attention, losses, grouped, quantised, decode-layer, norm or
-        rope; for
-        explain also a step of a ladder (matmul.ping_pong). tune: matmul alone.
+        rope; for explain also a step of a ladder (matmul.ping_pong). tune: matmul alone.
       shapes: M N K of what to tune; by default those that bench measures.
       out: bench: a folder for the ledger's entries; tune: the file of schedules, by default the
         installed one, which `matmul` reads.
