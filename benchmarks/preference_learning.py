@@ -171,7 +171,7 @@ def mixture() -> Entry:
     target = np.asarray(sizes) / sum(sizes)
     apart: dict[str, list[float]] = {"GDPO": [], "DPO, groups pooled": [], "before": []}
     said: list[list[float]] = []
-    distance = lambda m: float(mixture_distance(jnp.asarray(target), jnp.asarray(m)))  # noqa: E731
+    distance = lambda m: max(0.0, float(mixture_distance(jnp.asarray(target), jnp.asarray(m))))  # noqa: E731
     for before, after in fit(GDPO(loss=loss, **_RUN)):
         ids = jnp.asarray([WORDS.encode(synthetic.PROMPT)])
         first = jax.nn.softmax(transformer.forward(after, MODEL, ids)[0, -1])
