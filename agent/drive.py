@@ -156,7 +156,7 @@ class Drive:
             with anyio.CancelScope(shield=True):
                 await self._close("cancelled", "")
             raise
-        except ExceptionGroup as errors:
+        except BaseExceptionGroup as errors:
             raise first_of(errors) from None
         return self._result()
 
