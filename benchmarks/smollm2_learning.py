@@ -7,10 +7,10 @@ The questions are reasoning-gym's `chain_sum` and `products`, two or three numbe
 after three worked examples in the chat, and what trains is reasoning-gym's score: 1 for the answer
 alone, a small share for the answer among other words. All parameters are trained, from the weights
 that `jaxinfra pull smollm2-135m` finds; nothing is learnt from answers. A rollout is one program,
-the text is scored on the host, score and update are a program each, and both tasks and all seeds
-use the same three programs. What counts is the share of right answers on questions held out, drawn
-at temperature 1 and greedy, with intervals; seeds take turns through the tasks, so that where time
-ends whole seeds are missing and nothing else.
+the text is scored on the host, score and update are a program each, and both tasks, all seeds and
+the questions held out use the same three, as compiling one takes as long as two hundred steps. What
+counts is the share of right answers to questions held out, eight drawn for each, with intervals;
+seeds take turns through the tasks: where time ends, whole seeds are missing and nothing else.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import math
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +28,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from align.config import RLConfig
-from align.host_loop import HostLoop
-from align.rewards import Answers
-from align.rollout import rollout
+from align.host_loop import HostLoop, answers_of, generate
 from align.step import RLState, create
 from align.text_tasks import find
 from jaxinfra import load
 from jaxinfra.files import write_file
-from jaxinfra.generate import Sampling
 from jaxinfra.loading import Model
 from jaxinfra.measure import Entry, environment, write
 from jaxinfra.model.params import Params
 from jaxinfra.train.config import OptimizerConfig
 
-EXAMPLES, PROBLEMS, NEW, EVERY, SHOWN = 3, 4096, 8, 25, 12
+EXAMPLES, PROBLEMS, NEW, GROUP, EVERY, SHOWN = 3, 4096, 8, 8, 25, 12
+_HELD_OUT = 2**31  # the seed of draws for questions held out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +69,10 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """Answers to the questions held out: whether each is right, and some in words."""
+    """Answers to the questions held out."""
 
-    right: np.ndarray  # bool [M]
-    said: list[str]
+    right: np.ndarray  # [M], the share of right ones of each question's eight
+    said: list[str]  # the first of some questions
 
 
 @dataclasses.dataclass
@@ -85,9 +81,9 @@ class Learnt:
 
     rewards: list[float]
     right: list[float]  # share of the step's answers
-    on_the_way: dict[int, float]  # greedy, held out, after so many steps
-    before: dict[str, Tried]  # by how answers are chosen
-    after: dict[str, Tried]
+    on_the_way: dict[int, float]  # share of right answers, held out, after so many steps
+    before: Tried
+    after: Tried
     seconds: float
 
 
@@ -98,7 +94,7 @@ class Bench:
         self.begun, self.args = time.perf_counter(), args
         self.model = load(args.model)
         self.config = RLConfig(
-            prompts=args.prompts, group_size=8, max_new_tokens=NEW,
+            prompts=args.prompts, group_size=GROUP, max_new_tokens=NEW,
             stop_id=self.model.tokenizer.eos_ids[0], remat="matmuls",
             optimizer=OptimizerConfig(
                 learning_rate=args.rate, warmup_steps=5, final_fraction=1.0, weight_decay=0.0,
@@ -117,103 +113,79 @@ class Bench:
             self.config, self.model.config, first.train, [first.scorer], steps=args.steps,
             dtype=self.dtype,
         )  # fmt: skip
-        self._choose = {
-            "drawn": self._chooser(Sampling(temperature=1.0)),
-            "greedy": self._chooser(Sampling(temperature=0.0)),
-        }
-
-    def _chooser(self, sampling: Sampling) -> Any:
-        def answers(params: Params, prompts: jax.Array, lengths: jax.Array) -> Any:
-            params = jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
-            return rollout(
-                params, self.model.config, prompts, lengths, jax.random.key(7), group_size=1,
-                max_new_tokens=NEW, sampling=sampling, stop_id=self.config.stop_id,
-            )  # fmt: skip
-
-        return jax.jit(answers)
 
     def passed(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.begun
 
     def compile(self) -> None:
-        """One step and one round of questions, thrown away: from here on nothing compiles."""
-        task = self.args.tasks[0]
-        state, metrics, _ = self.loop.watched_step(create(self.config, self.model.params))
-        for how in self._choose:
-            self.tried(task, state.trained.policy, how)
+        """One step, thrown away: from here on nothing compiles."""
+        state = create(self.config, self.model.params)
+        _, metrics, _ = self.loop.watched_step(state)
         print(f"loaded and compiled in {self.passed():.0f} s, "
               f"mismatch KL {metrics['mismatch_kl']:.1e}", flush=True)  # fmt: skip
 
-    def tried(self, task: str, params: Params, how: str) -> Tried:
-        """The questions held out, answered."""
-        q = self.questions[task]
-        r = self._choose[how](params, q.held_out["prompts"], q.held_out["lengths"])
-        answers = Answers(jax.device_get(r), q.held_out)
-        decode = self.model.tokenizer.decode
-        return Tried(
-            np.asarray(q.scorer(answers)) == 1.0,
-            [decode(s.answer) for s in answers.samples[:SHOWN]],
-        )  # fmt: skip
+    def tried(self, task: str, params: Params) -> Tried:
+        """The questions held out, eight answers each, by the program that draws in training."""
+        q, count = self.questions[task], self.args.prompts
+        self.loop.rollouts.update_weights(params, 0)
+        M = len(q.held_out["lengths"])
+        right, said = [], []
+        for number, first in enumerate(range(0, M, count)):
+            place = np.arange(first, first + count) % M  # the last part begins anew
+            rows = {name: a[place] for name, a in q.held_out.items()}
+            r = generate(self.loop.rollouts, rows, _HELD_OUT, number)
+            answers = answers_of(r, rows, self.config.group_size)
+            scores = np.asarray(q.scorer(answers)).reshape(count, -1) == 1.0
+            right.append(scores.mean(axis=1)[: M - first])
+            said += [self.model.tokenizer.decode(s.answer) for s in answers.samples[::GROUP]]
+        return Tried(np.concatenate(right), said[: min(M, SHOWN)])
 
     def learn(self, task: str, seed: int, steps: int, until: float) -> Learnt:
         """A run of `steps`, or of fewer where `until` seconds since the start have passed."""
         begun, q = time.perf_counter(), self.questions[task]
         self.loop.problems, self.loop.scorers = dict(q.train), (q.scorer,)
         state: RLState = create(self.config, self.model.params, seed=seed)
-        policy = state.trained.policy
-        found = Learnt([], [], {}, {h: self.tried(task, policy, h) for h in self._choose}, {}, 0.0)
-        found.on_the_way[0] = float(found.before["greedy"].right.mean())
+        before = self.tried(task, state.trained.policy)
+        found = Learnt([], [], {0: float(before.right.mean())}, before, before, 0.0)
         for step in range(1, steps + 1):
             state, metrics, experience = self.loop.watched_step(state)
             found.rewards.append(metrics["reward"])
             right = 0.0 if experience is None else float(jnp.mean(experience.rewards == 1.0))
             found.right.append(right)
             if step % EVERY == 0 or step == steps:
-                share = self.tried(task, state.trained.policy, "greedy").right.mean()
+                share = self.tried(task, state.trained.policy).right.mean()
                 found.on_the_way[step] = float(share)
                 print(f"{task} seed {seed} step {step}: reward {metrics['reward']:.3f}, right "
                       f"{right:.3f}, held out {share:.3f}, {metrics['step_time']:.2f} s a step, "
                       f"{self.passed():.0f} s", flush=True)  # fmt: skip
             if self.passed() > until:
                 break
-        found.after = {h: self.tried(task, state.trained.policy, h) for h in self._choose}
+        found.after = self.tried(task, state.trained.policy)
         found.seconds = time.perf_counter() - begun
         return found
 
 
-def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
-    p, n = right / of, of
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def gain(runs: Sequence[Learnt], how: str) -> tuple[float, float, float]:
-    """Right answers gained a question, mean over seeds: all, and a bootstrap over questions."""
-    each = np.mean([r.after[how].right.astype(float) - r.before[how].right for r in runs], axis=0)
+def interval(each: np.ndarray) -> tuple[float, float]:
+    """95 % of the mean, by a bootstrap over questions: answers to one are not independent."""
     draws = np.random.default_rng(0).integers(0, len(each), (2000, len(each)))
     low, high = np.quantile(each[draws].mean(axis=1), (0.025, 0.975))
-    return float(each.mean()), float(low), float(high)
+    return float(low), float(high)
 
 
 def entry(bench: Bench, task: str, runs: list[Learnt]) -> Entry:
     """The ledger's entry of a task; prints its table."""
-    shares: dict[str, list[float]] = {}
-    told: dict[str, Any] = {}
-    for how in ("drawn", "greedy"):
-        for when in ("after", "before"):
-            right = [getattr(r, when)[how].right for r in runs]
-            shares[f"{when}, {how}"] = [float(x.mean()) for x in right]
-            bounds = [wilson(int(x.sum()), len(x)) for x in right]
-            told[f"wilson {when}, {how}"] = [[round(b, 4) for b in pair] for pair in bounds]
-            shown = "  ".join(
-                f"{x.mean():.3f} ({low:.3f}-{high:.3f})"
-                for x, (low, high) in zip(right, bounds, strict=True)
-            )
-            print(f"{task:14s} {when:6s} {how:6s} {shown}")
-        told[f"gain {how}"] = [round(x, 4) for x in gain(runs, how)]
-        print("{:14s} gain   {:6s} {:.3f} ({:.3f}-{:.3f})".format(task, how, *gain(runs, how)))
+    rows = {"after": [r.after.right for r in runs], "before": [r.before.right for r in runs]}
+    gained = np.mean([r.after.right - r.before.right for r in runs], axis=0)
+    told: dict[str, Any] = {"gain": [float(gained.mean()), *interval(gained)]}
+    for when, right in rows.items():
+        told[f"interval {when}"] = [interval(x) for x in right]
+        shown = "  ".join(
+            f"{x.mean():.3f} ({low:.3f}-{high:.3f})"
+            for x, (low, high) in zip(right, told[f"interval {when}"], strict=True)
+        )
+        print(f"{task:10s} {when:6s} {shown}")
+    print("{:10s} gain   {:.3f} ({:.3f}-{:.3f})".format(task, *told["gain"]))
     q, args, steps = bench.questions[task], bench.args, [len(r.rewards) for r in runs]
     asked = [bench.model.tokenizer.decode(row[:n]) for row, n in
              zip(q.held_out["prompts"][:SHOWN], q.held_out["lengths"], strict=False)]  # fmt: skip
@@ -223,8 +195,7 @@ def entry(bench: Bench, task: str, runs: list[Learnt]) -> Entry:
               f"{len(q.held_out['lengths'])} questions held out",
         command="python -m benchmarks.smollm2_learning OUT",
         unit="of 1",
-        samples={name: shares[name] for name in
-                 ("after, drawn", "before, drawn", "after, greedy", "before, greedy")},
+        samples={when: [float(x.mean()) for x in right] for when, right in rows.items()},
         ratio=None, interval=None, roofline=None, roof="a share has none; 1 is the most",
         inputs=f"{args.model}; two or three numbers of one digit, {EXAMPLES} worked examples in "
                f"the chat; {args.prompts} x 8 answers of at most {NEW} tokens a step, {steps} "
@@ -238,12 +209,12 @@ def entry(bench: Bench, task: str, runs: list[Learnt]) -> Entry:
             "seconds": [round(r.seconds, 1) for r in runs], "all_seconds": round(bench.passed(), 1),
             "rewards": [np.round(r.rewards, 4).tolist() for r in runs],
             "right": [np.round(r.right, 4).tolist() for r in runs],
-            "held_out_greedy_by_step": [r.on_the_way for r in runs],
+            "held_out_by_step": [r.on_the_way for r in runs],
             "samples": [
                 {"question": text.strip().removesuffix("assistant").strip().splitlines()[-1],
                  "answer": q.answers[int(n)], "before": b, "after": a}
                 for text, n, b, a in zip(asked, q.held_out["number"],
-                                         runs[0].before["drawn"].said, runs[0].after["drawn"].said,
+                                         runs[0].before.said, runs[0].after.said,
                                          strict=False)
             ],
         },
@@ -251,7 +222,7 @@ def entry(bench: Bench, task: str, runs: list[Learnt]) -> Entry:
 
 
 def curves(found: dict[str, list[Learnt]]) -> bytes:
-    """Right answers of each step, and greedy ones on the questions held out, a line a seed."""
+    """Right answers of each step, and to the questions held out, a line a seed."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(4.5 * len(found), 3.2), layout="constrained")
@@ -260,10 +231,10 @@ def curves(found: dict[str, list[Learnt]]) -> bytes:
     ):
         for seed, run in enumerate(runs):
             ax.plot(np.arange(1, len(run.right) + 1), run.right, color="C0", linewidth=0.6,
-                    label="drawn, each step" if seed == 0 else None)  # fmt: skip
+                    label="each step's" if seed == 0 else None)  # fmt: skip
             steps, shares = zip(*run.on_the_way.items(), strict=True)
             ax.plot(steps, shares, color="C1", marker=".",
-                    label="greedy, held out" if seed == 0 else None)  # fmt: skip
+                    label="held out" if seed == 0 else None)  # fmt: skip
         ax.set(title=task, xlabel="step", ylabel="right answers", ylim=(0, 1))
         ax.legend()
     drawn = io.BytesIO()
