@@ -15,12 +15,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from decode.engine import Engine
-
-_MOVED = 32  # pages that one call moves
+    from decode.page_moves import PageMoves
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,12 @@ class HostPages:
         self._engine, self._room = engine, room
         self._stored: dict[str, _Stored] = {}
 
+    @functools.cached_property
+    def _moves(self) -> PageMoves:
+        from decode.page_moves import PageMoves
+
+        return PageMoves(self._engine._runner)
+
     def keep(self, key: str, tokens: tuple[int, ...], salt: str, wanted: float) -> None:
         """Copies what the prefix cache has of `tokens`."""
         self.drop(key)
@@ -52,7 +55,7 @@ class HostPages:
         pages = cache.match((*tokens, 0), salt)
         if 0 < len(pages) <= self._room:
             stored = _Stored(tokens[: len(pages) * pool.size], salt, cache.epoch, wanted,
-                             len(pages), self._fetch(pages))  # fmt: skip
+                             len(pages), self._moves.out(pages))  # fmt: skip
             self._stored[key] = stored
             self.pages += len(pages)
         pool.release(pages)
@@ -72,7 +75,7 @@ class HostPages:
         new = pool.take(min(missing, pool.free))
         if new:
             pages = [*have, *new]
-            self._restore(new, stored.held, len(have))
+            self._moves.into(new, stored.held, start=len(have))
             cache.insert(stored.tokens[: len(pages) * pool.size], pages, stored.salt)
             self.restored += len(new)
         pool.release([*have, *new])
@@ -81,41 +84,3 @@ class HostPages:
         """Forgets a prefix."""
         stored = self._stored.pop(key, None)
         self.pages -= stored.count if stored else 0
-
-    def _fetch(self, pages: list[int]) -> Any:
-        import jax
-
-        runner, (gather, _) = self._engine._runner, _programs()
-        parts = [
-            jax.device_get(gather(runner.pool, _filled(pages[i : i + _MOVED], 0)))
-            for i in range(0, len(pages), _MOVED)
-        ]
-        return jax.tree.map(lambda *a: np.concatenate(a)[: len(pages)], *parts)
-
-    def _restore(self, pages: list[int], held: Any, start: int) -> None:
-        """Writes the pages `start`, ... of `held` into `pages`."""
-        import jax
-
-        runner, (_, scatter) = self._engine._runner, _programs()
-        for i in range(0, len(pages), _MOVED):
-            at = _filled(pages[i : i + _MOVED], len(self._engine.pool.holders))
-            from_ = _filled([*range(start + i, start + len(pages))][:_MOVED], 0)
-            part = jax.tree.map(lambda a, from_=from_: a[from_], held)
-            runner.pool = scatter(runner.pool, at, part)
-
-
-def _filled(numbers: list[int], rest: int) -> np.ndarray:
-    return np.asarray([*numbers, *[rest] * (_MOVED - len(numbers))], np.int32)
-
-
-@functools.cache
-def _programs() -> tuple[Any, Any]:
-    import jax
-
-    def gather(pool: Any, at: Any) -> Any:
-        return jax.tree.map(lambda a: a[at], pool)
-
-    def scatter(pool: Any, at: Any, held: Any) -> Any:
-        return jax.tree.map(lambda a, new: a.at[at].set(new, mode="drop"), pool, held)
-
-    return jax.jit(gather), jax.jit(scatter, donate_argnums=0)

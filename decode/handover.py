@@ -13,23 +13,19 @@ Cost: the pages' bytes are copied from the device, into the file, and onto the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
 from decode.engine import Engine
+from decode.page_moves import PageMoves
 from decode.pages import OutOfPages
 from decode.request import Output, Request, SamplingParams
-from decode.runner import ahead
 from jaxinfra.errors import UserError
 
-_AT_ONCE = 8  # pages that one call moves
 _PROMPT_ALONE = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
@@ -42,9 +38,7 @@ class _Carries(Engine):
             raise UserError("engine: pages are handed over to a prefix cache; leave it on")
         self._folder = folder
         self._prompts: dict[str, Request] = {}
-        pool, places = self._runner.pool, np.zeros(_AT_ONCE, np.int32)
-        self._out = ahead(_gather, pool, places, donate=())
-        self._in = ahead(_scatter, pool, places, self._out(pool, places))
+        self._moves = PageMoves(self._runner)
 
     def give(self, request: Request) -> None:
         """Writes the whole pages of a prompt that the cache has."""
@@ -53,10 +47,8 @@ class _Carries(Engine):
         path = self._folder / request.id
         try:
             with open(path.with_suffix(".part"), "wb") as file:
-                for part in _parts(pages):
-                    held = self._out(self._runner.pool, _padded(part, 0))
-                    for leaf in jax.tree.leaves(held):
-                        file.write(np.asarray(leaf)[: len(part)].tobytes())
+                for leaf in jax.tree.leaves(self._moves.out(pages)):
+                    file.write(leaf.tobytes())
         finally:
             self.pool.release(pages)
         path.with_suffix(".part").rename(path)  # whole, or not there
@@ -71,36 +63,30 @@ class _Carries(Engine):
         path.unlink()
         prompt, size = request.prompt, self.pool.size
         pages = self.cache.match((*prompt, 0), request.cache_salt)
-        whole, known = len(prompt) // size, len(pages)
+        held, given = self._read(data)
+        whole, known = max(min(len(prompt) // size, given), len(pages)), len(pages)
         try:
             if (short := whole - known - self.pool.free) > 0:
                 self.cache.evict(short, request.arrival)
-            pages = [*pages, *self.pool.take(whole - known)]
-            at = 0
-            for part in _parts(range(whole)):
-                at = self._put(data, at, [pages[i] if i >= known else -1 for i in part])
-            self.cache.insert(prompt, pages, request.cache_salt)
+            new = self.pool.take(whole - known)
+            pages = [*pages, *new]
+            self._moves.into(new, held, start=known)
+            self.cache.insert(prompt[: whole * size], pages, request.cache_salt)
         except OutOfPages:
             pass
         finally:
             self.pool.release(pages)
 
-    def _put(self, data: np.ndarray, at: int, targets: list[int]) -> int:
-        """Pages from `data` into `targets`, none where that is below zero; where it ends there."""
-
-        def leaf(pages: Any) -> np.ndarray:
-            nonlocal at
-            shape = (len(targets), *pages.shape[1:])
-            count = int(np.prod(shape)) * pages.dtype.itemsize
-            held = np.zeros((_AT_ONCE, *shape[1:]), pages.dtype)
-            held[: len(targets)] = data[at : at + count].view(pages.dtype).reshape(shape)
-            at += count
-            return held
-
-        pool = self._runner.pool
-        moved = jax.tree.map(leaf, pool)
-        self._runner.pool = self._in(pool, _padded(targets, -1), moved)
-        return at
+    def _read(self, data: np.ndarray) -> tuple[Any, int]:
+        """What `give` wrote, and of how many pages."""
+        leaves, structure = jax.tree.flatten(self._runner.pool)
+        each = [pages.nbytes // pages.shape[0] for pages in leaves]
+        count, at, held = len(data) // sum(each), 0, []
+        for pages, size in zip(leaves, each, strict=True):
+            part = data[at : at + count * size].view(pages.dtype)
+            held.append(part.reshape(count, *pages.shape[1:]))
+            at += count * size
+        return jax.tree.unflatten(structure, held), count
 
 
 class Prefills(_Carries):
@@ -133,22 +119,3 @@ class Decodes(_Carries):
         """See Engine."""
         self.take(request)
         super().add(request)
-
-
-def _gather(pool: Any, source: Int[Array, " n"]) -> Any:
-    return jax.tree.map(lambda pages: pages[source], pool)
-
-
-def _scatter(pool: Any, target: Int[Array, " n"], held: Any) -> Any:
-    def one(pages: Array, held: Array) -> Array:
-        return pages.at[jnp.where(target < 0, pages.shape[0], target)].set(held, mode="drop")
-
-    return jax.tree.map(one, pool, held)
-
-
-def _parts(pages: Many[int]) -> list[Many[int]]:
-    return [pages[i : i + _AT_ONCE] for i in range(0, len(pages), _AT_ONCE)]
-
-
-def _padded(pages: Many[int], with_: int) -> np.ndarray:
-    return np.asarray([*pages, *[with_] * (_AT_ONCE - len(pages))], np.int32)

@@ -10,10 +10,10 @@ import pytest
 from agent import Agent, MemoryStore, run, tool
 from agent.engine_sessions import Sessions
 from agent.events import ToolFinished, ToolStarted
-from agent.host_pages import HostPages
 from agent.model import CallDelta, Completion, Request
 from agent.policy import Guardrail, Policy, Rule
 from agent.scripted import ScriptedModel, call, calls
+from decode.page_moves import PageMoves
 from tests.agent.compat_server import call as written
 from tests.agent.steered_engine import SHORT, comes, quiet, serving, taken
 from tests.agent.test_engine_model import TOOL, by_script, called
@@ -43,17 +43,17 @@ def undisturbed():
         return second_turn(model, engine, messages)
 
 
-def backwards(self, pages, held, start):
+def backwards(self, pages, held, start=0):
     good(self, pages[::-1], held, start)
 
 
-good = HostPages._restore
+good = PageMoves.into
 
 
 @pytest.mark.parametrize("wrong", [None, "no room", "pages in another order"])
 def test_pages_come_back_from_host_memory_bit_for_bit(wrong, undisturbed, monkeypatch):
     if wrong == "pages in another order":
-        monkeypatch.setattr(HostPages, "_restore", backwards)
+        monkeypatch.setattr(PageMoves, "into", backwards)
     with serving(by_script, leased=0.0, host=float(wrong != "no room")) as (model, engine):
         messages = called(model)
         evict(model, engine)
