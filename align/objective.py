@@ -49,7 +49,8 @@ def packed(config: RLConfig, r: Rollout) -> Plan | None:
     if not config.pack:
         return None
     B, S = r.tokens.shape
-    sizes = r.lengths + jnp.sum(r.mask, axis=1).astype(jnp.int32)
+    places = jnp.arange(1, r.mask.shape[1] + 1)  # a mask may have gaps: words of a tool
+    sizes = r.lengths + jnp.max(jnp.where(r.mask > 0, places, 0), axis=1)
     return plan(sizes - 1, S - 1, rows_of(config.pack, B))
 
 

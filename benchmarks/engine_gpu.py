@@ -28,7 +28,7 @@ from jaxinfra.measure import Entry, environment, write
 from jaxinfra.measure.compare import ratio_interval
 from jaxinfra.model.presets import PRESETS
 
-MODEL, ROUNDS, PEER = "qwen3-0.6b", 3, "transformers, continuous batching"
+MODEL, ROUNDS, PEER = "qwen3-0.6b", 5, "transformers, continuous batching"
 CONFIG = PRESETS[MODEL]
 PROMPT, NEW_TOKENS = 128, 512
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="

@@ -26,7 +26,10 @@ class PageMoves:
         self._runner = runner
         places = np.zeros(AT_ONCE, np.int32)
         self._gather = ahead(_gather, runner.pool, places, donate=())
-        self._scatter = ahead(_scatter, runner.pool, places, self._gather(runner.pool, places))
+        self._scatter = ahead(
+            _scatter, runner.pool, places, self._gather(runner.pool, places),
+            out=jax.tree.map(lambda pages: pages.sharding, runner.pool),
+        )  # fmt: skip
 
     def out(self, pages: Sequence[int]) -> Any:
         """A tree like the runner's pool, of arrays [len(pages), ...] in host memory."""

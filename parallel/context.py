@@ -18,6 +18,7 @@ and K, r = n / u, and u = 1 is the ring, u = n Ulysses. Backward each sends the 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import Any
 
@@ -29,6 +30,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import DENSE_LIMIT, supported
 from parallel.mesh import Axis, index, size
+
+_log = logging.getLogger(__name__)
 
 CP = Axis.CP.value
 
@@ -164,6 +167,7 @@ def attention(q: Array, k: Array, v: Array, **options: Any) -> Any:
             break
     else:
         kernel = "chunked" if q.shape[1] > DENSE_LIMIT else "reference"
+    _log.debug("attention %s inside shard_map: %s", q.shape, kernel)
     return flash_attention.attention(q, k, v, implementation=kernel, **options)
 
 

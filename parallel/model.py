@@ -150,12 +150,14 @@ def block(
         out = tensor.leave(out, options.sequence)
         return transformer.residual(x, out, layer.post_mlp_norm, config), routing
 
+    # Where no loop is between a layer and its copy, XLA would take them for the same.
+    apart = options.unroll > 1
     # Attention stands outside these two, so that what its own backward pass needs is kept.
     if options.remat in ("matmuls", "attention"):
         names = ("matmul",) if options.remat == "matmuls" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-        before = jax.checkpoint(before, policy=policy, prevent_cse=False)
-        after = jax.checkpoint(after, policy=policy, prevent_cse=False)
+        before = jax.checkpoint(before, policy=policy, prevent_cse=apart)
+        after = jax.checkpoint(after, policy=policy, prevent_cse=apart)
     q, k, v = before(x, layer, largest)
     out = context.attend(q, k, v, rows.get("segments"), config.scale, options.context)
     return after(x, out, layer, largest)
@@ -205,7 +207,7 @@ def blocks(
                 names_which_can_be_saved=[], names_which_can_be_offloaded=["input"],
                 offload_src="device", offload_dst="pinned_host",
             )  # fmt: skip
-        one = jax.checkpoint(one, prevent_cse=False, policy=policy)
+        one = jax.checkpoint(one, prevent_cse=options.unroll > 1, policy=policy)
     unroll = min(options.unroll, layers.attn_norm.shape[0])
     return jax.lax.scan(one, x, (layers, largest, real), unroll=unroll)
 

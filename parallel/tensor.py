@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,11 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The sums (loss with its z term, nll) over rows, from a head cut by vocabulary.
 
-    Only three numbers a row are exchanged: the largest logit, the sum of exponentials, the target's
-    logit (Megatron-LM's `vocab_parallel_cross_entropy`). At most `block` rows of logits live at a
-    time, a quarter of them where that is less. The backward pass makes them `again` (8 M D V FLOPs
-    in all), or the gradients are made with the loss (6 M D V, and w's gradient in float32).
+    The second has no gradient. Only three numbers a row are exchanged: the largest logit, the sum
+    of exponentials, the target's logit (Megatron-LM's `vocab_parallel_cross_entropy`). At most
+    `block` rows of logits live at a time, a quarter of them where that is less. The backward pass
+    makes them `again` (8 M D V FLOPs in all), or the gradients are made with the loss (6 M D V, and
+    w's gradient in float32).
     """
     M = x.shape[0]
     block = min(block, -(-M // 4))
@@ -91,10 +93,11 @@ def cross_entropy(
     )
     head = _Head(config, z_loss)
     if not again:
-        return _with_gradients(head, rows[0], w, *rows[1:])
+        loss, nll = cast(Any, _with_gradients)(head, rows[0], w, *rows[1:])
+        return loss, jax.lax.stop_gradient(nll)
     one = jax.checkpoint(lambda rows: head.sums(head.logits(rows[0], w), *rows[1:])[:2])
     loss, nll = jax.lax.map(one, rows)
-    return jnp.sum(loss), jnp.sum(nll)
+    return jnp.sum(loss), jax.lax.stop_gradient(jnp.sum(nll))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +168,9 @@ def _forward(head: _Head, x: Array, w: Array, targets: Array, weights: Array) ->
 
 
 def _backward(head: _Head, gradients: tuple, cotangents: tuple) -> tuple:
-    dx, dw = gradients
     scale = cotangents[0]
-    return dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, None
+    dx, dw = ((a.astype(jnp.float32) * scale).astype(a.dtype) for a in gradients)
+    return dx, dw, None, None
 
 
 _with_gradients.defvjp(_forward, _backward)

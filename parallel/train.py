@@ -35,6 +35,15 @@ from parallel.model import Options
 from parallel.pipeline import schedule as pipeline
 from parallel.pipeline.train import local_gradients
 
+# XLA's options on several GPUs, the best of seven sets by `benchmarks.two_gpus`: instructions are
+# ordered by a model of latencies, so that a message starts as early and ends as late as it can, and
+# the messages of one layer are one.
+OVERLAP = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_all_gather_combine_threshold_bytes": 2**27,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**27,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
@@ -132,7 +141,8 @@ class _Run(loop._Run):
             state, metrics = self.inner(state, batch)
             return state, metrics | {"lr": lr}
 
-        compiled = jax.jit(step, donate_argnums=0)
+        options = OVERLAP if jax.default_backend() == "gpu" and jax.device_count() > 1 else None
+        compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
         if jax.process_count() == 1:
             self.step = compiled
             return

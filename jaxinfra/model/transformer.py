@@ -191,12 +191,14 @@ def hidden(
         out, balance = feed_forward(layer, h, config, real)
         return residual(x, out, layer.post_mlp_norm, config), balance
 
+    # Where no loop is between a layer and its copy, XLA would take them for the same.
+    apart = unroll > 1
     # Attention stands outside these two, so that what its own backward pass needs is kept.
     if remat in ("matmuls", "attention"):
         names = ("matmul",) if remat == "matmuls" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-        before = jax.checkpoint(before, policy=policy, prevent_cse=False)
-        after = jax.checkpoint(after, policy=policy, prevent_cse=False)
+        before = jax.checkpoint(before, policy=policy, prevent_cse=apart)
+        after = jax.checkpoint(after, policy=policy, prevent_cse=apart)
 
     def block(x: Array, scanned: tuple[Layer, Any]) -> tuple[Array, moe.Balance | None]:
         layer, window = scanned
@@ -210,7 +212,7 @@ def hidden(
         return after(x, out, layer)
 
     if remat == "full":
-        block = jax.checkpoint(block, prevent_cse=False)
+        block = jax.checkpoint(block, prevent_cse=apart)
     windows = _window_array(config)
     x = embed(params, config, tokens)
     x, balance = jax.lax.scan(block, x, (params.layers, windows), unroll=unroll)

@@ -14,7 +14,7 @@ from align.config import RLConfig
 from align.experience import Experience
 from align.losses import policy as kinds
 from align.losses.policy import PolicyLoss
-from align.objective import critic_objective, logps_of, policy_objective
+from align.objective import critic_objective, logps_of, packed, policy_objective
 from align.packing import hidden, plan, rows_for
 from align.preferences.rows import Batches
 from align.rollout import Rollout
@@ -220,6 +220,16 @@ def test_every_policy_loss_and_aggregation_is_the_unpacked_one(name):
     assert relative(gradient, found) < 3e-6
     assert all(float(metrics[k]) == pytest.approx(float(v), rel=1e-4, abs=1e-6)
                for k, v in told.items())  # fmt: skip
+
+
+def test_a_tools_words_inside_an_answer_are_part_of_its_sequence():
+    r, _, mask = experience()
+    gap = jnp.asarray(np.where(np.arange(9) == 1, 0, mask), jnp.float32)
+    config = RLConfig(prompts=2, group_size=4, max_new_tokens=9, pack=0.75)
+    whole, found = packed(config, r), packed(config, dataclasses.replace(r, mask=gap))
+    assert whole is not None and found is not None
+    long = np.asarray(mask.sum(1)) > 2
+    np.testing.assert_array_equal(whole.sizes[long], found.sizes[long])
 
 
 @slow
