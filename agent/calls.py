@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from agent import events as ev
-from agent.early import context_of
-from agent.execute import execute
+from agent.execute import PARALLEL, Emit, execute
 from agent.messages import ToolCall
 from agent.policy import Decision, decide, tripped
 from agent.spec import Agent, transfer_name
-from agent.tools import ArgumentError, Tool
+from agent.tools import ArgumentError, Context, Tool
 
 if TYPE_CHECKING:
     from agent.drive import Drive
-
-PARALLEL = 8  # calls of one turn that run at the same time
 
 
 async def call_tools(drive: Drive) -> bool:
@@ -120,12 +117,23 @@ async def _call(drive: Drive, tool: Tool, call: ToolCall) -> None:
 
     ended = await drive.early.take(call, listen)
     if ended is None:
-        ended = await execute(tool, call, context_of(drive, call, key, listen), listen)
+        ended = await execute(tool, call, _context(drive, call, key, listen), listen)
     ended = replace(ended, call_id=call.id)
     if reason := await tripped(drive.agent.guardrails, "result", ended.content):
         held = f"error: the result is withheld by the guardrail {reason}"
         ended = replace(ended, content=held, error="guardrail")
     await (drive.record(started, ended, shown=1) if pure else drive.record(ended))
+
+
+def _context(drive: Drive, call: ToolCall, key: str, say: Emit) -> Context:
+    """What the tool is told about where its call comes from."""
+
+    async def report(text: str) -> None:
+        await say(ev.ToolProgress(call.id, text))
+
+    return Context(
+        drive.deps, drive.session, drive.agent.name, call.id, key, drive.state.tainted_by, report
+    )
 
 
 def _batches(ready: list[tuple[Tool, ToolCall]]) -> list[list[tuple[Tool, ToolCall]]]:

@@ -1,7 +1,8 @@
 """One process's hold on one session: what to do next, by the fold of its journal (`agent.state`).
 
-Everything that happened is in the journal before the next thing begins. A run that begins, one that
-another process left in its middle and one that a person has answered take the same steps.
+What a step did is in the journal before the next begins, and a call before it can have an effect. A
+run that begins, one that another process left in its middle and one that a person has answered take
+the same steps.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ class Drive:
             events.append(ev.ModelResponded(self.agent.model.name, message, Usage(), "cut", 0.0))
         for call in self.state.pending:
             began = call.id in self.state.started
-            so = "it was ended and may have taken effect" if began else "it was not begun"
+            so = "it was ended and may have taken effect" if began else "it had no effect"
             events.append(ev.ToolFinished(call.id, f"error: {reason}: {so}", reason))
         await self.record(*events, ev.RunFinished(reason, text or None, detail))
 

@@ -1,9 +1,10 @@
 """Calls that begin before their turn has ended: as soon as the model has closed their arguments.
 
 Only what nobody misses if it had never run begins early: a pure tool that policy and guardrails
-allow, behind no call that must run before it. The turn's end decides: a call that it holds takes
-what was begun for it, anything else (the turn broke off, or says something else) is ended. Nothing
-is journalled before the turn is.
+allow and that asks for no context, where all calls before it have begun. The turn's end decides: a
+call that it holds takes what was begun for it; what nobody took (the turn broke off, or says
+something else) is ended before the next turn. Nothing is journalled before the turn is, and no
+progress is told before the call has ended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from agent.events import Kept, Passing, ToolFinished, ToolProgress
-from agent.execute import Emit, execute
+from agent.execute import PARALLEL, Emit, execute
 from agent.messages import ToolCall
 from agent.model import CallDelta
 from agent.policy import decide, tripped
@@ -42,39 +43,40 @@ class Early:
     def __init__(self, drive: Drive) -> None:
         self._drive = drive
         self._written: dict[int, str] = {}
-        self._begun: list[_Begun] = []
-        self._barrier = False
+        self._begun: list[_Begun] = []  # the turn's first calls, in order
 
     def forget(self) -> None:
         """Another turn is written: ends what nobody took."""
         for begun in self._begun:
             begun.scope.cancel()
-        self._written, self._begun, self._barrier = {}, [], False
+        self._written, self._begun = {}, []
 
     async def hear(self, delta: CallDelta) -> None:
         """A piece of a call's arguments; begins the call if that closed them."""
         text = self._written.get(delta.index, "") + delta.arguments
         self._written[delta.index] = text
-        if not text.rstrip().endswith("}") or self._barrier:
-            return
+        if delta.index != len(self._begun) or not delta.arguments.rstrip().endswith("}"):
+            return  # begun already, behind one that has not begun, or not closed now
         try:
             json.loads(text)
         except (ValueError, RecursionError):
             return
         drive = self._drive
-        call = ToolCall(f"call_{drive.state.seq + 1}_{delta.index}", delta.name, text)
+        call = ToolCall("", delta.name, text)  # the turn's end names it
         tool = next((tool for tool in drive.agent.tools if tool.name == call.name), None)
-        if tool is None or not await self._may(tool, call):
-            self._barrier = True  # what comes behind it waits for it
-            return
-        self._begun.append(begun := _Begun(call))
-        drive.group.start_soon(self._run, tool, begun)
+        if tool is not None and await self._may(tool, call):
+            self._begun.append(begun := _Begun(call))
+            drive.group.start_soon(self._run, tool, begun)
 
     async def _may(self, tool: Tool, call: ToolCall) -> bool:
         drive = self._drive
         bound = drive.root.limits.tool_calls
         used = drive.state.spent.tool_calls + len(self._begun)
-        if tool.effects != "pure" or tool.serial or (bound is not None and used >= bound):
+        if tool.effects != "pure" or tool.serial or tool.takes_context:
+            return False
+        if bound is not None and used >= bound:
+            return False
+        if sum(not begun.done.is_set() for begun in self._begun) >= PARALLEL:
             return False
         try:
             decision = decide(drive.agent.policy, tool, tool.parse(call.arguments),
@@ -91,8 +93,7 @@ class Early:
             begun.said.append(event)
 
         with begun.scope:
-            context = context_of(self._drive, begun.call, "", say)
-            begun.ended = await execute(tool, begun.call, context, say)
+            begun.ended = await execute(tool, begun.call, Context(), say)
         begun.done.set()
 
     async def take(self, call: ToolCall, listen: Emit) -> ToolFinished | None:
@@ -109,15 +110,5 @@ class Early:
 
 
 def _same(begun: ToolCall, call: ToolCall) -> bool:
-    return (begun.name, begun.arguments) == (call.name, call.arguments)
-
-
-def context_of(drive: Drive, call: ToolCall, key: str, say: Emit) -> Context:
-    """What the tool is told about where its call comes from."""
-
-    async def report(text: str) -> None:
-        await say(ToolProgress(call.id, text))
-
-    return Context(
-        drive.deps, drive.session, drive.agent.name, call.id, key, drive.state.tainted_by, report
-    )
+    # White space may come after what closed the arguments.
+    return (begun.name, begun.arguments.strip()) == (call.name, call.arguments.strip())

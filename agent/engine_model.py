@@ -91,16 +91,15 @@ class EngineModel:
         cls, name: str, config: EngineConfig | None = None, *, offline: bool = False, **options: Any
     ) -> EngineModel:
         """A model by name, as `jaxinfra.load` takes it; `options` as above. Raises UserError."""
-        import jax
-
-        import jaxinfra
         from decode.config import EngineConfig
         from decode.engine import Engine
+        from jaxinfra.text import Tokenizer
+        from jaxinfra.weights.pull import pull
 
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        model = jaxinfra.load(name, dtype=dtype, offline=offline)
-        engine = Engine.of(model, config or EngineConfig(policy="least-attained"))
-        return cls(engine, model.tokenizer, name, **options)
+        path = pull(name, offline=offline)
+        config = config or EngineConfig(policy="least-attained")
+        engine = Engine.load(str(path), config, offline=offline)
+        return cls(engine, Tokenizer.from_path(path), name, **options)
 
     def __enter__(self) -> EngineModel:
         return self

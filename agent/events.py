@@ -71,7 +71,8 @@ class OutputRejected:
 
 @dataclass(frozen=True)
 class ToolStarted:
-    """Written before a tool runs. `key` is the same for every attempt at this call."""
+    """Written before a tool runs, or with its end if it is pure. `key` is the same for every
+    attempt at this call."""
 
     call_id: str
     name: str

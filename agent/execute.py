@@ -25,6 +25,7 @@ from agent.tools import ArgumentError, Context, Tool, ToolFailed, stream_of
 
 Emit = Callable[[Kept | Passing], Awaitable[None]]
 
+PARALLEL = 8  # calls of one turn that run at the same time
 LARGEST = 10_000_000  # characters of a result that are looked at; the rest is not even copied
 _WORKER = "from agent.worker import main; main()"
 # Escape sequences, and controls other than tab and newline: a terminal would obey them.

@@ -2,10 +2,11 @@
 
     result = await run(Agent("clerk", model, tools=(search,)), "Who wrote it?", store=store)
 
-Each step is decided by the fold of the session's journal, and each thing that happened is in the
-journal before the next one begins. So `run`, `resume` after a crash and going on after an approval
-are the same function. A call is journalled before it runs: a process that finds it begun and not
-ended runs it again only if its tool says that this is harmless.
+Each step is decided by the fold of the session's journal, which has what a step did before the next
+one begins. So `run`, `resume` after a crash and going on after an approval are the same function. A
+call that may have an effect is journalled before it runs: a process that finds it begun and not
+ended runs it again only if its tool says that this is harmless. A pure one is journalled when it
+has ended; it may run before its turn has (`agent.early`), and again after a crash.
 """
 
 from __future__ import annotations

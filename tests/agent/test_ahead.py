@@ -7,9 +7,11 @@ import functools
 import anyio
 import pytest
 
-from agent import Agent, MemoryStore, run, tool
+from agent import Agent, Context, MemoryStore, run, tool
 from agent.engine_sessions import Sessions
 from agent.events import ToolFinished, ToolStarted
+from agent.execute import PARALLEL
+from agent.messages import Message, ToolCall
 from agent.model import CallDelta, Completion, Request
 from agent.policy import Guardrail, Policy, Rule
 from agent.scripted import ScriptedModel, call, calls
@@ -171,7 +173,8 @@ def test_a_tool_begins_when_its_arguments_close(effects):
 
 
 class Slowly(ScriptedModel):
-    """Closes its calls' arguments, waits, and then ends the turn, or says another."""
+    """Closes its calls' arguments, says what comes behind them, be it nothing, waits, and then ends
+    the turn, or says another."""
 
     def __init__(self, script, other=None):
         super().__init__(script)
@@ -179,6 +182,10 @@ class Slowly(ScriptedModel):
 
     async def stream(self, request):
         async for item in super().stream(request):
+            if isinstance(item, CallDelta):
+                closed = item.arguments.rstrip()
+                yield dataclasses.replace(item, arguments=closed)
+                item = dataclasses.replace(item, arguments=item.arguments[len(closed) :])
             if isinstance(item, Completion) and item.message.calls:
                 await anyio.sleep(0.05)
                 if self.other is not None:
@@ -212,7 +219,13 @@ def world():
                 self.log.append(f"write {n}")
                 return "written"
 
-            return read, write
+            @tool(effects="pure")
+            async def recall(ctx: Context, n: int) -> str:
+                """Reads what the session has."""
+                self.log.append(f"recall for {ctx.key}")
+                return ctx.call_id
+
+            return read, write, recall
 
         def run(self, turn, other=None, policy=None, guardrails=(), **options):
             model = Slowly([turn, "end"], other)
@@ -238,15 +251,29 @@ def world():
     return World()
 
 
-def test_only_what_nobody_misses_begins_early(world):
-    assert world.run(calls(call("read", n=1), call("read", n=2))) == ["begin 1", "begin 2"]
+def plain(name, arguments):
+    return Message("assistant", calls=(ToolCall("", name, arguments),))
+
+
+@pytest.mark.parametrize("behind", ["", "\n"])
+def test_only_what_nobody_misses_begins_early(world, behind):
+    turn = calls(plain("read", '{"n": 1}' + behind), call("read", n=2))
+    assert world.run(turn) == ["begin 1", "begin 2"]
     assert world.log == ["begin 1", "begin 2"]  # and does not run again
+
+
+def test_as_many_begin_early_as_may_run_side_by_side(world):
+    turn = calls(*(call("read", n=-i) for i in range(3 * PARALLEL)))
+    assert len(world.run(turn)) == PARALLEL
+    assert sorted(world.log) == sorted(f"begin {-i}" for i in range(3 * PARALLEL))
 
 
 @pytest.mark.parametrize(
     "turn, options",
     [
         (calls(call("write", n=1), call("read", n=2)), {}),
+        (calls(plain("write", ""), call("read", n=2)), {}),
+        (call("recall", n=1), {}),
         (call("read", n=1), {"policy": Policy((Rule("read", "ask"),))}),
         (call("read", n=1), {"policy": Policy((Rule("read", "deny"),))}),
         (call("read", n=1), {"guardrails": (Guardrail("g", "call", lambda text: "no"),)}),
@@ -254,7 +281,17 @@ def test_only_what_nobody_misses_begins_early(world):
         (call("read", n="one"), {}),
         (call("reed", n=1), {}),
     ],
-    ids=["behind a write", "asks", "denied", "guarded", "serial", "arguments", "unknown"],
+    ids=[
+        "behind a write",
+        "behind one without arguments",
+        "takes context",
+        "asks",
+        "denied",
+        "guarded",
+        "serial",
+        "arguments",
+        "unknown",
+    ],
 )
 def test_what_may_not_begin_early(world, turn, options):
     assert world.run(turn, **options) == []

@@ -18,6 +18,8 @@ from agent.engine_sessions import CacheMiss
 from agent.messages import Message, user
 from agent.model import Completion, Request, Settings, TextDelta, ToolSpec
 from agent.returns import Returns
+from decode.config import EngineConfig
+from decode.engine import Engine
 from jaxinfra.errors import UserError
 from jaxinfra.text import Tokenizer
 from tests.agent.compat_server import TEMPLATE, call
@@ -426,6 +428,22 @@ def test_an_engine_that_dies_tells_all_who_wait():
         for _ in range(2):
             result = anyio.run(functools.partial(run, agent, "Go."))
             assert result.reason == "error" and "gone (MemoryError: no more)" in result.detail
+
+
+def test_a_draft_model_is_loaded_too(tmp_path, monkeypatch):
+    write(tmp_path / "model")
+    write(tmp_path / "smaller")
+    given = []
+
+    def of(model, config, draft=None):
+        given.append(draft)
+        raise UserError("enough")
+
+    monkeypatch.setattr(Engine, "of", of)
+    config = EngineConfig(draft=3, draft_model=str(tmp_path / "smaller"))
+    with pytest.raises(UserError, match="enough"):
+        EngineModel.load(str(tmp_path / "model"), config, offline=True)
+    assert given[0] is not None
 
 
 @pytest.mark.slow

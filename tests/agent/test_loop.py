@@ -176,6 +176,7 @@ def test_cancellation_stops_tools_and_leaves_a_valid_history():
     assert isinstance(events[-1], RunFinished) and events[-1].reason == "cancelled"
     told = {e.call_id: e.content for e in events if isinstance(e, ToolFinished)}
     assert sorted("may have" in text for text in told.values()) == [False, False, True]
+    assert sum("it had no effect" in text for text in told.values()) == 2
     result = ask(agent, "and now?", store=store, session="s")
     assert result.output == "recovered" and valid(result.state.messages)
 
