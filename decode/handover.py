@@ -3,9 +3,10 @@
 A long prompt in a step makes everyone's next token late, however small its chunks. With two engines
 one computes prompts (`Prefills`), the other answers (`Decodes`; DistServe, arXiv 2401.09670). What
 is handed over is whole pages, as a file in memory (`folder`, in /dev/shm): they come into the
-other's prefix cache, so it computes what is left of the prompt, less than a page, as it does for
-any prompt that it knows. So tokens are the same; and where nothing comes, because the other engine
-died or no page is free, it computes the prompt itself.
+other's prefix cache, so it computes what is left of the prompt, most often less than a page, as
+it does for any prompt that it knows; pages that it must give up before the request runs are
+computed again. So tokens are the same; and where nothing comes, because the other engine died, the
+folder is full or no page is free, it computes the prompt itself.
 
 Cost: the pages' bytes are copied from the device, into the file, and onto the device:
 2 L K H numbers a token. `decode.server.two_engines` runs both.
@@ -13,6 +14,7 @@ Cost: the pages' bytes are copied from the device, into the file, and onto the d
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from decode.pages import OutOfPages
 from decode.request import Output, Request, SamplingParams
 from jaxinfra.errors import UserError
 
+_log = logging.getLogger("jaxinfra.engine")
 _PROMPT_ALONE = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
@@ -41,17 +44,24 @@ class _Carries(Engine):
         self._moves = PageMoves(self._runner)
 
     def give(self, request: Request) -> None:
-        """Writes the whole pages of a prompt that the cache has."""
+        """Writes the whole pages of a prompt that the cache has, if the folder has room."""
         assert self.cache is not None
         pages = self.cache.match((*request.prompt, 0), request.cache_salt)
         path = self._folder / request.id
+        part = path.with_suffix(".part")
         try:
-            with open(path.with_suffix(".part"), "wb") as file:
+            with open(part, "wb") as file:
                 for leaf in jax.tree.leaves(self._moves.out(pages)):
                     file.write(leaf.tobytes())
+            part.rename(path)  # whole, or not there
+        except OSError as error:
+            _log.warning(
+                "%s: %s; the other engine computes the prompt. Give it more room (docker run "
+                "--shm-size)", self._folder, error.strerror,
+            )  # fmt: skip
+            part.unlink(missing_ok=True)
         finally:
             self.pool.release(pages)
-        path.with_suffix(".part").rename(path)  # whole, or not there
 
     def take(self, request: Request) -> None:
         """Has a prompt's pages in the cache, if they were given and there is room."""

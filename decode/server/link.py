@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from decode.server.drive import Message
 from decode.server.protocol import Failure
+from decode.server.restarts import Restarts
 from decode.server.transport import Transport
 from decode.stats import Info
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from decode.request import Output, Request
 
 log = logging.getLogger("jaxinfra.serve")
-_RESTARTS, _WITHIN = 5, 300.0  # an engine that dies more often than this in so many seconds is left
 _ACCEPTED = object()
 Spawn = Callable[[Callable[[Message], None]], Transport]
 
@@ -35,7 +35,7 @@ class Link:
         self._spawn = spawn
         self._transport: Transport | None = None
         self._waiting: dict[str, asyncio.Queue[Any]] = {}
-        self._deaths: deque[float] = deque(maxlen=_RESTARTS)
+        self._restarts = Restarts()
         self._finished: deque[float] = deque(maxlen=64)
         self._ready = asyncio.Event()
         self._given_up = asyncio.Event()
@@ -118,10 +118,7 @@ class Link:
         old, self._life = self._transport, None
         if old is not None:
             asyncio.get_running_loop().run_in_executor(None, old.close)
-        now = time.monotonic()
-        often = len(self._deaths) == _RESTARTS and now - self._deaths[0] < _WITHIN
-        self._deaths.append(now)
-        if self.closing or often or self.info is None:
+        if not self._restarts.another() or self.closing or self.info is None:
             self._given_up.set()
             return
         self.restarts += 1

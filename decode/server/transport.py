@@ -29,7 +29,10 @@ class Transport(Protocol):
     """One life of an engine."""
 
     def post(self, message: Message) -> None:
-        """Hands `message` to the engine; from one thread only."""
+        """Hands `message` to the engine, without waiting; from one thread at a time.
+
+        To an engine that died it is lost, also before ("died", why) is heard.
+        """
         ...
 
     def close(self, timeout: float = 10.0) -> None:
@@ -78,12 +81,14 @@ class InProcess:
         self._context = zmq.Context()
         self._down = self._context.socket(zmq.PUSH)
         self._down.setsockopt(zmq.LINGER, 0)
+        self._down.setsockopt(zmq.SNDHWM, 0)  # only where nobody listens would a send wait
         self._down.bind(down)
         self._up = self._context.socket(zmq.PULL)
         self._up.bind(up)
         spawn = multiprocessing.get_context("spawn")
-        self._process = spawn.Process(target=_child, args=(build, down, up), name="engine")
-        self._process.daemon = True
+        self._process = spawn.Process(
+            target=_child, args=(build, down, up, os.getpid()), name="engine", daemon=True
+        )
         self._process.start()
         self._closing = False
         self._hear = hear
@@ -107,14 +112,21 @@ class InProcess:
 
     def post(self, message: Message) -> None:
         """See Transport."""
-        self._down.send(pickle.dumps(message))
+        self._sent(message)
+
+    def _sent(self, message: Message) -> bool:
+        try:
+            self._down.send(pickle.dumps(message), zmq.NOBLOCK)
+        except zmq.Again:  # nobody listens: it is gone, or not there yet
+            return False
+        return True
 
     def close(self, timeout: float = 10.0) -> None:
         """See Transport."""
         self._closing = True
         if self._process.is_alive():
-            self.post(("stop",))
-            self._process.join(timeout)
+            if self._sent(("stop",)):
+                self._process.join(timeout)
             if self._process.is_alive():
                 self._process.kill()
         self._listener.join(timeout)
@@ -123,10 +135,9 @@ class InProcess:
         self._folder.cleanup()
 
 
-def _child(build: Callable[[], Any], down: str, up: str) -> None:
+def _child(build: Callable[[], Any], down: str, up: str, parent: int) -> None:
     # A Ctrl-C in the terminal goes to both; the server ends its engine when requests are done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     outbox.setsockopt(zmq.LINGER, 1000)

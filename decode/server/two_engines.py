@@ -3,8 +3,9 @@
 A request's prompt goes to the first, and when it is computed to the second, which finds its pages
 in `folder` (`decode.handover`). Prompts of less than a page, and those whose log-probabilities are
 asked for, go to the second at once, as all do while the first is not there: when that dies, what it
-was computing is computed by the second, and another is started, a few times. When the second dies
-both end, and the Link tells everyone and starts anew. This module imports no jax.
+was computing is computed by the second, and another is started, unless it dies again and again
+(`decode.server.restarts`). When the second dies both end, and the Link tells everyone and starts
+anew. This module imports no jax.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 
 from decode.request import Request
 from decode.server.drive import Message
+from decode.server.restarts import Restarts
 from decode.server.transport import InProcess, Transport
 
 log = logging.getLogger("jaxinfra.serve")
 HALVES = ("Prefills", "Decodes")  # of `decode.handover`
-_RESTARTS = 5
 Hear = Callable[[Message], None]
 Start = Callable[[Callable[[], Any], Hear], Transport]
 
@@ -35,7 +36,10 @@ def take_gpu(half: str) -> None:
     """Has this process see one GPU, if there are several; call it before jax is imported."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = Path("/proc/driver/nvidia/gpus")
-    gpus = named.split(",") if named else [str(i) for i, _ in enumerate(found.glob("*"))]
+    if named is not None:  # empty: none
+        gpus = named.split(",")
+    else:
+        gpus = [str(i) for i, _ in enumerate(found.glob("*"))]
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[HALVES.index(half)]
     else:  # both share its memory
@@ -56,8 +60,9 @@ class TwoEngines:
         self._hear, self._start = hear, start
         self._lock = threading.RLock()  # messages come in threads of both engines
         self._computing: dict[str, Request] = {}  # prompts at the first engine
+        self._accepted: set[str] = set()  # by the first engine, and not by the second yet
         self._page = 0  # tokens of a page, once the first engine is there
-        self._deaths, self._closing = 0, False
+        self._restarts, self._closing = Restarts(), False
         self._make_prefills = functools.partial(prefills, self.folder)
         with self._lock:  # nothing is heard before both are there
             self._second = start(functools.partial(decodes, self.folder), self._from_second)
@@ -72,10 +77,12 @@ class TwoEngines:
                     self._computing[request.id] = request
                     self._first.post(message)
                     return
-                case ("abort", id) if self._computing.pop(id, None):
-                    if self._first is not None:
-                        self._first.post(message)
-                    return
+                case ("abort", id):
+                    self._accepted.discard(id)
+                    if self._computing.pop(id, None):
+                        if self._first is not None:
+                            self._first.post(message)
+                        return
             self._second.post(message)
 
     def close(self, timeout: float = 10.0) -> None:
@@ -92,6 +99,13 @@ class TwoEngines:
         return there and len(request.prompt) > self._page and request.params.prompt_logprobs is None
 
     def _from_second(self, message: Message) -> None:
+        match message:
+            case ("accepted" | "refused" as said, id, *_):
+                with self._lock:
+                    known = id in self._accepted
+                    self._accepted.discard(id)
+                if known and said == "accepted":  # the first engine's word was passed on
+                    return
         self._hear(message)
 
     def _from_first(self, message: Message) -> None:
@@ -99,6 +113,9 @@ class TwoEngines:
             match message:
                 case ("ready", info):
                     self._page = info.page_size
+                case ("accepted", id) if id in self._computing:
+                    self._accepted.add(id)
+                    self._hear(message)  # so that the next prompt of its request comes
                 case ("outputs", outputs):
                     for output in outputs:
                         self._on(output.request_id)
@@ -124,6 +141,5 @@ class TwoEngines:
             part.unlink()
         if dead is not None:
             threading.Thread(target=dead.close, daemon=True).start()
-        self._deaths += 1
-        if not self._closing and self._deaths <= _RESTARTS:
+        if self._restarts.another() and not self._closing:
             self._first = self._start(self._make_prefills, self._from_first)

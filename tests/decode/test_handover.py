@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -99,6 +100,18 @@ def test_without_room_or_file_the_prompt_is_computed(tmp_path):
     (told,) = engines.run(second, [Request("a", prompt, engines.GREEDY)]).values()
     assert engines.tokens(told) == engines.greedy(prompt, 20) and told[-1].cached_tokens == 0
     engines.whole(second)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_a_full_folder_costs_a_prompt_its_pages_and_nobody_the_engine(tmp_path):
+    first, second = engine(Prefills, tmp_path), engine(Decodes, tmp_path, own=other())
+    asked = [Request("a", engines.prompts(1)[0], engines.GREEDY)]
+    (tmp_path / "a.part").symlink_to("/dev/full")
+    (done,) = engines.run(first, asked).values()
+    assert done[-1].finish_reason == "length" and not list(tmp_path.iterdir())
+    engines.whole(first)
+    (told,) = engines.run(second, asked).values()
+    assert engines.tokens(told) == engines.greedy(asked[0].prompt, 20)
 
 
 def test_what_is_aborted_is_not_given(tmp_path):

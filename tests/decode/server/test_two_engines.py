@@ -4,13 +4,18 @@ import functools
 import os
 import queue
 import signal
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from decode.request import Request
-from decode.server.two_engines import HALVES, TwoEngines
+from decode.server import restarts
+from decode.server.transport import InProcess
+from decode.server.two_engines import HALVES, TwoEngines, take_gpu
 from tests.decode import engines
+from tests.decode.server import scripted as scripted_engine
 from tests.decode.test_handover import SIZES
 
 
@@ -63,14 +68,29 @@ def test_a_prompt_goes_to_one_and_then_to_the_other(scripted):
     first.hear(("accepted", "a"))
     first.hear(("stats", None))
     first.hear(done("a"))
-    assert second.posted == [("add", LONG)] and not heard
-    second.hear(("accepted", "a"))
+    assert second.posted == [("add", LONG)]
+    second.hear(("accepted", "a"))  # it was said when the first took it: once, and early
     assert heard == [("accepted", "a")]
     two.post(("abort", "a"))
     assert second.posted[-1] == ("abort", "a")
     short = Request("b", (1, 2), engines.GREEDY)
     two.post(("add", short))
     assert second.posted[-1] == ("add", short)
+    second.hear(("accepted", "b"))
+    assert heard[1:] == [("accepted", "b")]
+
+
+def test_prompts_of_one_request_are_computed_together(scripted):
+    two, first, second, _, heard = scripted
+    for id in "ab":
+        two.post(("add", Request(id, LONG.prompt, engines.GREEDY)))
+        first.hear(("accepted", id))
+    assert heard == [("accepted", "a"), ("accepted", "b")] and not second.posted
+    first.hear(done("a"))
+    second.hear(("refused", "a", 429, "full"))
+    first.hear(("died", "killed"))
+    second.hear(("accepted", "b"))
+    assert heard[2:] == [("refused", "a", 429, "full")] and not two._accepted
 
 
 def test_who_leaves_while_the_prompt_is_computed_leaves_nothing(scripted):
@@ -91,7 +111,9 @@ def test_when_the_first_dies_or_refuses_the_second_computes(scripted):
     two.post(("add", LONG))
     (two.folder / "a.part").write_bytes(b"half")
     first.hear(("died", "killed"))
-    assert second.posted == [("add", LONG)] * 2 and not heard and not list(two.folder.iterdir())
+    second.hear(("accepted", "a"))
+    assert heard == [("accepted", "a")]
+    assert second.posted == [("add", LONG)] * 2 and not list(two.folder.iterdir())
     two.post(("add", LONG))  # the new first engine is not ready yet
     assert second.posted == [("add", LONG)] * 3
     made[2].hear(("ready", Info))
@@ -101,7 +123,47 @@ def test_when_the_first_dies_or_refuses_the_second_computes(scripted):
         made[-1].hear(("died", "again"))
     assert len(made) == 2 + 5 and second.posted[3:] == [("add", LONG)]
     second.hear(("died", "too"))
-    assert heard == [("died", "too")]
+    assert heard[1:] == [("died", "too")]
+
+
+def test_who_dies_seldom_is_started_each_time(scripted, monkeypatch):
+    made, clock = scripted[3], iter(range(0, 10_000, 200))
+    monkeypatch.setattr(restarts.time, "monotonic", lambda: float(next(clock)))
+    for _ in range(9):
+        made[-1].hear(("died", "again"))
+    assert len(made) == 2 + 9
+
+
+def test_what_is_posted_to_a_dead_process_waits_for_nobody():
+    heard = queue.Queue()
+    engine = InProcess(scripted_engine.build, heard.put)
+    try:
+        assert heard.get(timeout=60)[0] == "ready"
+        engine._process.kill()
+        while heard.get(timeout=60)[0] != "died":
+            pass
+        posting = threading.Thread(target=engine.post, args=(("add", LONG),), daemon=True)
+        posting.start()
+        posting.join(20)
+        assert not posting.is_alive()
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_is_told_to_end_before_it_listens_ends():
+    engine = InProcess(scripted_engine.build, print)
+    start = time.monotonic()
+    engine.close(timeout=60)
+    assert not engine._process.is_alive() and time.monotonic() - start < 50
+
+
+@pytest.mark.parametrize("named, seen", [("", ""), ("3,5", "5"), ("7", "7")])
+def test_an_engine_takes_of_the_gpus_that_are_named(named, seen, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: ["a", "b"])  # the machine's
+    take_gpu("Decodes")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def build(kind, folder):
@@ -155,7 +217,9 @@ def test_two_processes_answer_as_one_and_outlive_a_kill():
         for i, prompt in enumerate(prompts):
             two.post(("add", Request(f"s{i}", prompt[::-1], engines.GREEDY)))
         os.kill(first, signal.SIGKILL)
-        said, _ = answers(heard, [f"s{i}" for i in range(8)])
+        two.post(("abort", "nobody"))
+        two.post(("add", Request("s8", prompts[2], engines.GREEDY)))  # nobody knows it died
+        said, _ = answers(heard, [f"s{i}" for i in range(9)])
         for i, prompt in enumerate(prompts):
             assert tuple(said[f"s{i}"]) == engines.greedy(prompt[::-1], 20)
         while two._page == 0:  # another is there
