@@ -19,9 +19,8 @@ from agent.tools import Context, Tool, ToolFailed, as_text, tool
 from jaxinfra.errors import UserError
 
 
-def a2a_app(agent: Agent, store: Store, url: str, *, trusted: bool = False) -> Any:
-    """An ASGI application with the agent's card and JSON-RPC at /. `url` is where others reach it;
-    `trusted` leaves out the taint, where only those who may ask can."""
+def a2a_app(agent: Agent, store: Store, url: str) -> Any:
+    """An ASGI application: the agent's card, and JSON-RPC at /. `url` is where others reach it."""
     from a2a import types
     from a2a.helpers import new_task_from_user_message
     from a2a.server.agent_execution import AgentExecutor
@@ -39,7 +38,7 @@ def a2a_app(agent: Agent, store: Store, url: str, *, trusted: bool = False) -> A
             await updater.start_work()
             result = await run(
                 agent, context.get_user_input(), store=store, session=f"a2a/{task.id}",
-                tainted_by=() if trusted else ("a2a",),
+                tainted_by=("a2a",),
             )  # fmt: skip
             if result.reason == "done":
                 await updater.add_artifact([types.Part(text=as_text(result.output))])

@@ -98,7 +98,9 @@ class Early:
 
     async def take(self, call: ToolCall, listen: Emit) -> ToolFinished | None:
         """The end of the call, if it was begun; `listen` is told what it said."""
-        begun = next((b for b in self._begun if _same(b.call, call)), None)
+        wanted = call.name, call.arguments.strip()  # white space may come behind what closed them
+        same = (b for b in self._begun if (b.call.name, b.call.arguments.strip()) == wanted)
+        begun = next(same, None)
         if begun is None:
             return None
         self._begun.remove(begun)
@@ -107,8 +109,3 @@ class Early:
             mine = isinstance(event, ToolProgress)
             await listen(ToolProgress(call.id, event.text) if mine else event)
         return begun.ended
-
-
-def _same(begun: ToolCall, call: ToolCall) -> bool:
-    # White space may come after what closed the arguments.
-    return (begun.name, begun.arguments.strip()) == (call.name, call.arguments.strip())
