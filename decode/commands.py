@@ -29,7 +29,7 @@ def serve(
     drain: int = 60,
     disaggregate: bool = False,
     replicas: int = 1,
-    gpus: int = 0,
+    gpus: int | None = None,
     offline: bool = False,
     engine: OmitArgPrefixes[EngineConfig] = EngineConfig(),  # noqa: B008 (immutable)
 ) -> None:
@@ -42,12 +42,32 @@ def serve(
       name: of the model in the API; by default as given.
       dtype: of the weights; by default bfloat16 on an accelerator, float32 on a CPU.
       keys: a JSON file {tenant: key}; without it, and without JAXINFRA_API_KEY, none is asked.
+        Both are read here, also for replicas.
       drain: seconds for the answers under way when told to end.
       disaggregate: one engine for prompts, another for answers; of several GPUs each has one.
-      replicas: several such servers, on the machines of a Ray cluster, behind one address.
-      gpus: of each replica.
+      replicas: several such servers, on the machines of a Ray cluster, behind one address. Those
+        on other machines listen on their address in the cluster: give keys, or a closed network.
+      gpus: of each replica; by default `tp` of them where the cluster has GPUs.
       offline: use only what is on this machine.
     """
+    if replicas < 1 or (gpus or 0) < 0:
+        raise UserError(f"serve: {replicas=}, {gpus=}; give 1 or more, and 0 or more")
+    if replicas == 1 and gpus is not None:
+        raise UserError("serve: gpus are those of replicas; here CUDA_VISIBLE_DEVICES chooses")
+    one = functools.partial(
+        _server, model, name or model, dtype, _keys(keys), drain, disaggregate, offline, engine
+    )
+    if replicas == 1:
+        return one(host=host, port=port)
+    from decode import replicas as ray
+
+    ray.run(one, replicas, host=host, port=port, gpus=gpus, each=engine.tp)
+
+
+def _server(
+    model: str, name: str, dtype: str | None, keys: dict[str, str], drain: int, disaggregate: bool,
+    offline: bool, engine: EngineConfig, *, host: str, port: int,
+) -> None:  # fmt: skip
     from decode.server.app import Settings
     from decode.server.run import run
     from decode.server.transport import InProcess
@@ -55,19 +75,11 @@ def serve(
     from jaxinfra.text import Tokenizer
     from jaxinfra.weights.pull import pull
 
-    if replicas > 1:
-        from decode import replicas as ray
-
-        one = functools.partial(
-            serve, model, name=name, dtype=dtype, keys=keys, drain=drain, offline=offline,
-            disaggregate=disaggregate, engine=engine,
-        )  # fmt: skip
-        return ray.run(one, replicas, host=host, port=port, gpus=gpus)
     path = pull(model, offline=offline)
     if engine.draft_model is not None and engine.draft_layers is None:
         draft = str(pull(engine.draft_model, offline=offline))
         engine = dataclasses.replace(engine, draft_model=draft)
-    settings = Settings(name or model, _keys(keys), version=version("jaxinfra"))
+    settings = Settings(name, keys, version=version("jaxinfra"))
     if disaggregate:
         if engine.tp > 1 or not engine.prefix_cache:
             raise UserError("serve: disaggregate needs the prefix cache, and pages uncut: no tp")
@@ -90,6 +102,8 @@ def _half(path: str, config: EngineConfig, dtype: str | None, kind: str, folder:
     take_gpu(kind)
     from decode import handover
 
+    if kind == "Prefills":  # it makes no answers
+        config = dataclasses.replace(config, draft=0, draft_model=None)
     made = getattr(handover, kind).load(path, config, dtype=dtype, offline=True)
     made.carry(folder)
     return made

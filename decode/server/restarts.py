@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
+from time import monotonic
 
 MOST, WITHIN = 5, 300.0  # what dies more often than this in so many seconds is left
 
@@ -16,7 +16,7 @@ class Restarts:
 
     def another(self) -> bool:
         """It died just now: whether it is worth another start."""
-        now = time.monotonic()
+        now = monotonic()
         often = len(self._deaths) == MOST and now - self._deaths[0] < WITHIN
         self._deaths.append(now)
         return not often

@@ -12,6 +12,7 @@ from tests.decode.server.test_app import listening, until
 ray = pytest.importorskip("ray")
 from decode import replicas  # noqa: E402
 from decode.route import RoundRobin, router  # noqa: E402
+from jaxinfra.errors import UserError  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -46,8 +47,9 @@ def test_a_server_that_is_killed_is_not_missed_and_comes_back():
         num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20
     )
     try:
-        actors = replicas.start(serve, 2, host="127.0.0.1")
+        actors = replicas.start(serve, 2)
         urls = ray.get([actor.url.remote() for actor in actors])
+        assert all(url.startswith("http://127.0.0.1:") for url in urls)  # no other can reach it
         until(lambda: all(map(healthy, urls)))
         first = ray.get(actors[0].process.remote())
         with listening(router(urls, RoundRobin(), every=0.5)) as url:
@@ -64,5 +66,20 @@ def test_a_server_that_is_killed_is_not_missed_and_comes_back():
         for actor in actors:
             ray.kill(actor)
         until(lambda: gone(again))  # a server does not outlive its actor
+    finally:
+        ray.shutdown()
+
+
+def fails(host, port):
+    raise ValueError("no weights here")
+
+
+def test_when_all_are_given_up_it_ends_and_tells_why():
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20
+    )
+    try:
+        with pytest.raises(UserError, match=r"every replica is gone.*no weights here"):
+            replicas.run(fails, 1, host="127.0.0.1", port=0, gpus=None, each=1)
     finally:
         ray.shutdown()

@@ -128,7 +128,7 @@ def test_when_the_first_dies_or_refuses_the_second_computes(scripted):
 
 def test_who_dies_seldom_is_started_each_time(scripted, monkeypatch):
     made, clock = scripted[3], iter(range(0, 10_000, 200))
-    monkeypatch.setattr(restarts.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(restarts, "monotonic", lambda: float(next(clock)))
     for _ in range(9):
         made[-1].hear(("died", "again"))
     assert len(made) == 2 + 9
