@@ -36,6 +36,7 @@ from decode.request import FinishReason, Output, Request
 from decode.scheduler import Chunk, Plan, Scheduler, Sequence
 from decode.speculate import ByModel, Guesses
 from decode.stats import EngineStats, Info
+from jaxinfra.errors import UserError
 from jaxinfra.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -92,7 +93,15 @@ class Engine:
 
     @classmethod
     def of(cls, model: Model, config: EngineConfig, draft: Model | None = None) -> Engine:
-        """An engine for a loaded model; `draft` is the smaller one that guesses, if any."""
+        """An engine for a loaded model; `draft` is the smaller one that guesses, if any.
+
+        Raises UserError where `config` names a smaller one that is not given.
+        """
+        if config.draft_model is not None and config.draft_layers is None and draft is None:
+            raise UserError(
+                f"engine: draft_model={config.draft_model!r} is not loaded; give it as `draft`, or "
+                "use Engine.load"
+            )
         from decode.draft import Drafter
         from decode.runner import Runner
         from jaxinfra.model.cache import unstack

@@ -1,9 +1,10 @@
 """The device's side of the engine: programs for a few shapes, and what the device remembers.
 
 Programs are compiled ahead: the first can serve every step, and the engine begins with it; threads
-compile the rest, each of which only makes some steps cheaper. So no request ever waits for the
-compiler: `compiles` counts those that would have, and stays 0. A persistent cache
-(JAX_COMPILATION_CACHE_DIR) makes the next start short.
+compile the rest, each of which only makes some steps cheaper. So no step, admission or copy of a
+page waits for the compiler: `compiles` counts those that would have, and stays 0. Whoever moves
+pages to the host (`decode.page_moves`) compiles two programs more, when it is made. A persistent
+cache (JAX_COMPILATION_CACHE_DIR) makes the next start short.
 
 Cost: the host spends one transfer and one dispatch a step. Pages, counts and biases are donated
 and written in place. On NVIDIA, XLA replays a step as a CUDA graph (its command buffers) as long as
@@ -58,8 +59,10 @@ class Runner:
 
         drafter: the smaller model that guesses, where `engine` names one.
         """
+        self._devices = Devices(config, engine.tp) if engine.tp > 1 else None
         if engine.draft_layers is not None:
-            drafter = first_layers(config, engine.draft_layers)
+            own_part = self._devices.local if self._devices else config
+            drafter = first_layers(own_part, engine.draft_layers)
         if drafter is not None and drafter.config.vocab_size != config.vocab_size:
             raise UserError(
                 f"engine: the draft model has {drafter.config.vocab_size} tokens and the model "
@@ -68,7 +71,6 @@ class Runner:
         self.drafter, self.drafts = drafter, engine.draft
         own = drafter if drafter is not None and drafter.params is not None else None
         self._draft: tuple[Any, ...] = () if own is None else (own.params,)
-        self._devices = Devices(config, engine.tp) if engine.tp > 1 else None
         self.params, self.config = self._placed(params), config
         longest = min(c.max_seq_len for c in (config, own.config if own else config))
         self.max_len = min(engine.max_len or longest, longest)

@@ -58,6 +58,13 @@ class Sequence:
         return self.request.params.max_tokens - self.made
 
     @property
+    def drafts(self) -> int:
+        """That may stand behind its last token: none where wrong ones would be counted."""
+        if self.watched or self.request.params.penalised:
+            return 0
+        return max(self.left - 1, 0)
+
+    @property
     def pending(self) -> bool:
         """Whether the host does not know its last token yet."""
         return self.tokens[-1] == PENDING
@@ -282,10 +289,7 @@ class Scheduler:
         """Adds the sequence's next chunk, if it can have pages; returns the chunk's tokens."""
         missing = self._missing(sequence)
         count = min(missing, left)
-        params = sequence.request.params
-        if count < missing or sequence.watched or params.penalised:  # wrong ones would be counted
-            drafts = ()
-        drafts = drafts[: sequence.left - 1]
+        drafts = drafts[: sequence.drafts] if count == missing else ()
         makes = min(max(plan.steps, 1 + len(drafts)), sequence.left) if count == missing else 0
         grown = count + len(drafts) + (max(makes - 1, 0) if plan.steps > 1 else 0)
         if count == 0 or not self._make_room(plan, sequence, grown):

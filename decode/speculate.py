@@ -143,6 +143,8 @@ class ByModel(Guesses):
         """What is to be read; a turn itself reads the last token and the one before."""
         chunks: list[Chunk] = []
         for sequence in running if self._separate else ():
+            if not sequence.drafts:
+                continue
             start, end = self._read(sequence), sequence.table.length
             count = min(end - start, budget)
             if end - start > 1 and count > 0:

@@ -70,6 +70,9 @@ def step(
     options = {"invariant": invariant, "implementation": implementation, "axis": axis}
     size = state.pool[0].k.shape[2]
 
+    def within(lengths: Array) -> Array:  # rows that have ended go on beside others in a call
+        return jnp.minimum(lengths, layout.M * size)
+
     def slots(row: Array, at: Array, live: Array) -> Array:
         page = told["table"][row, jnp.maximum(at, 0) // size]
         return jnp.where(live, page * size + at % size, -1)
@@ -84,7 +87,7 @@ def step(
         def guess(pool: Any, tokens: Array, row: Array, at: Array, starts: Array, lengths: Array,
                   live: Array) -> Any:  # fmt: skip
             return paged.forward(own, drafter.config, pool, tokens, at, slots(row, at, live),
-                                 told["table"], starts, lengths, **options)  # fmt: skip
+                                 told["table"], starts, within(lengths), **options)  # fmt: skip
 
         if layout.reads:
             _, pool = guess(
@@ -110,7 +113,7 @@ def step(
 
     def forward(pool: Any, tokens: Array, at: Array, lengths: Array, live: Array) -> Any:
         return paged.forward(params, config, pool, tokens, at, slots(row, at, live), told["table"],
-                             told["starts"], lengths, **options)  # fmt: skip
+                             told["starts"], within(lengths), **options)  # fmt: skip
 
     def draw(state: State, x: Array, at: Array, live: Array) -> tuple[State, Drawn]:
         logits = _logits(params, config, x, axis)

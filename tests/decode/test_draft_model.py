@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 
 from decode import engine as engine_module
+from decode import forward as paged
 from decode import sampler
 from decode.config import EngineConfig
-from decode.draft import Drafter
+from decode.draft import Drafter, first_layers
 from decode.engine import Engine
+from decode.packing import Layout
+from decode.pages import Pages, Table
 from decode.request import Request, SamplingParams
 from decode.runner import Runner
+from decode.scheduler import Sequence
 from decode.speculate import ByModel
+from decode.step import State, step
 from jaxinfra.errors import UserError
+from jaxinfra.loading import Model
 from jaxinfra.model.cache import unstack
 from jaxinfra.model.params import init
 from tests.decode import engines
@@ -170,6 +176,62 @@ def counted(tokens, V):
     return np.bincount(np.asarray(tokens), minlength=V)
 
 
+@pytest.mark.slow
+def test_first_layers_guess_on_devices_that_share_a_step(always):
+    config = dataclasses.replace(FIRST, tp=2, max_running=2, draft=2)
+    made = Runner(engines.params(), engines.CONFIG, config)
+    made.finish()
+    one, prompts = Engine(made, engines.TOKENIZER, config), engines.prompts(2)
+    told = engines.run(one, engines.requests(prompts))
+    for i, prompt in enumerate(prompts):
+        assert engines.tokens(told[str(i), 0]) == engines.greedy(prompt, 20), i
+    assert one.stats().drafted > 5 and one.stats().compiles == 0
+    engines.whole(one)
+
+
+@pytest.mark.parametrize("drafts, steps", [(3, 1), (0, 4)])
+def test_no_row_is_read_past_its_pages(drafts, steps, monkeypatch):
+    """A row that ends with its page, in a call that goes on for others."""
+    lengths, right = [], paged.paged_attention
+
+    def attention(*arguments, **options):
+        jax.debug.callback(lambda a: lengths.append(int(a.max())), arguments[5])
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(paged, "paged_attention", attention)
+    layout = Layout(T=1 + drafts, B=1, M=2, S=1 + drafts, steps=steps, drafts=drafts)
+    packed, view = layout.empty()
+    view["starts"][1:], view["sample"][0] = 1, 0
+    view["rows"]["length"], view["rows"]["left"], view["table"][:] = 16, 1, [[0, 1]]
+    params, config = engines.params(), engines.CONFIG
+    empty = State(
+        pool=paged.empty(config, 3, 8, "float32"), last=jnp.zeros(1, jnp.int32),
+        counts=jnp.zeros((1, config.vocab_size), jnp.int32),
+        bias=jnp.zeros((1, config.vocab_size)),
+    )  # fmt: skip
+    mask = jnp.full((layout.S, config.vocab_size // 32), 0xFFFFFFFF, jnp.uint32)
+    drafter = first_layers(config, 1) if drafts else None
+    jax.jit(functools.partial(step, config=config, layout=layout, drafter=drafter))(
+        params, empty, packed, mask
+    )
+    jax.effects_barrier()
+    assert len(lengths) >= drafts + steps and max(lengths) == 16
+
+
+@pytest.mark.parametrize(
+    "params", [dict(frequency_penalty=0.5), dict(max_tokens=3), dict(allowed_tokens=(1,))]
+)
+def test_a_draft_model_reads_only_what_it_may_guess_for(params):
+    prompt, read = tuple(range(9)), []
+    wanted = SamplingParams(**{"max_tokens": 20, **params})
+    pool = Pages(9, 4)
+    table = Table(pool)
+    table.grow(11)
+    one = Sequence(Request("a", prompt, wanted), 0, 1, [*prompt, 1, 2], table)
+    assert ByModel(3, separate=True).catch_up([one], 8, read.extend)
+    assert bool(read) == ("allowed_tokens" in params)
+
+
 def test_what_cannot_guess_is_told():
     with pytest.raises(UserError, match="give draft=4"):
         EngineConfig(draft_model="first:1")
@@ -179,6 +241,10 @@ def test_what_cannot_guess_is_told():
         EngineConfig(draft_model="smollm2-135m", draft=2, tp=2)
     with pytest.raises(UserError, match="give 1 to 1 layers"):
         Runner(engines.params(), engines.CONFIG, dataclasses.replace(FIRST, draft_model="first:2"))
+    model = Model(engines.CONFIG, init(jax.random.key(3), engines.CONFIG), engines.TOKENIZER)
+    named = dataclasses.replace(SIZES, draft_model="smaller")
+    with pytest.raises(UserError, match="draft_model='smaller' is not loaded"):
+        Engine.of(model, named)
     other = dataclasses.replace(engines.CONFIG, vocab_size=400)
     with pytest.raises(UserError, match="same vocabulary"):
         Runner(engines.params(), engines.CONFIG, SIZES, Drafter(other, engines.params()))
