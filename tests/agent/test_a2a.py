@@ -45,7 +45,7 @@ def url():
     where = f"http://127.0.0.1:{port}"
     agent = Agent("clerk", ScriptedModel(remote), tools=(send,), description="Shouts.")
     app = a2a_app(agent, MemoryStore(), where)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     deadline = time.monotonic() + 60

@@ -111,7 +111,9 @@ class Service:
             port = probe.getsockname()[1]
         self.store = MemoryStore()
         agent = Agent("a", model, tools=tools)
-        config = uvicorn.Config(app(agent, self.store, keys), port=port, log_level="error")
+        config = uvicorn.Config(
+            app(agent, self.store, keys), port=port, log_level="error", log_config=None
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
         self.url = f"http://127.0.0.1:{port}"

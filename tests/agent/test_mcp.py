@@ -186,7 +186,9 @@ def test_over_http():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     app = MCPServer([double]).http_app()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_level="error", log_config=None, lifespan="on")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -30,8 +30,11 @@ CALL = '<tool_call>\n{"name": "get", "arguments": {"x": "é"}}\n</tool_call>'
 
 @contextlib.contextmanager
 def listening(made):
-    """An application on a free port; yields its address."""
-    server = uvicorn.Server(uvicorn.Config(made, log_level="error", lifespan="on"))
+    """An application on a free port; yields its address.
+
+    uvicorn's own logging setup would close handlers of this process, and with absl's pytest's stderr.
+    """
+    server = uvicorn.Server(uvicorn.Config(made, log_level="error", log_config=None, lifespan="on"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
