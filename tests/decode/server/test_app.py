@@ -32,7 +32,7 @@ CALL = '<tool_call>\n{"name": "get", "arguments": {"x": "é"}}\n</tool_call>'
 def listening(made):
     """An application on a free port; yields its address.
 
-    uvicorn's own logging setup would close handlers of this process, and with absl's pytest's stderr.
+    uvicorn's own logging setup would close this process's handlers, and with absl's its stderr.
     """
     server = uvicorn.Server(uvicorn.Config(made, log_level="error", log_config=None, lifespan="on"))
     with socket.socket() as listener:
