@@ -41,6 +41,7 @@ def second_turn(model, engine, messages):
 def undisturbed():
     with serving(by_script, leased=0.5) as (model, engine):
         messages = called(model)
+        quiet(model)  # what is read ahead of the tool's result is cached, as it is in the others
         engine.script = None
         return second_turn(model, engine, messages)
 
