@@ -6,10 +6,12 @@ The script sees the chat as the model would: it calls `multiply` first, in the w
 asks for (a call, or code), and answers out of what the tool gave.
 """
 
+import functools
 import json
 
 from decode.server.app import Settings
 from decode.server.run import run
+from decode.server.transport import InProcess
 from jaxinfra.text import Tokenizer
 from tests.decode.server.scripted import TOKENIZER, ScriptedEngine
 
@@ -70,4 +72,4 @@ def build() -> Engine:
 
 if __name__ == "__main__":
     tokenizer = Tokenizer(TOKENIZER.backend, TOKENIZER.special, TOKENIZER.eos_ids, TEMPLATE)
-    run(build, tokenizer, Settings("scripted"), port=0, drain=5)
+    run(functools.partial(InProcess, build), tokenizer, Settings("scripted"), port=0, drain=5)
