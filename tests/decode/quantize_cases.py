@@ -73,6 +73,11 @@ def salient(params: Params, factor: float = 16.0) -> Params:
     return dataclasses.replace(params, layers=layers)
 
 
+def texts(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of Python's library, and of other files of it."""
+    return windows("stdlib", Tokenizer.byte_level(), **(TEXT | {"count": count}))
+
+
 @functools.cache
 def trained() -> tuple[Model, np.ndarray, np.ndarray]:
     """A byte model after 100 steps on Python's library, text to calibrate on, other text.
@@ -80,14 +85,21 @@ def trained() -> tuple[Model, np.ndarray, np.ndarray]:
     Eight of its inputs are then made 16 times as large and their weights as small, which changes
     nothing that it computes and is how large models are: few inputs matter more than the others.
     """
-    tokenizer = Tokenizer.byte_level()
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=10)
     tx = make_optimizer(optimizer, 100)
     step = make_step(CONFIG, tx, schedule(optimizer, 100), dtype=jnp.float32)
-    text, held_out = windows("stdlib", tokenizer, **(TEXT | {"count": 200}))
+    text, held_out = texts(200)
     state = TrainState.create(init(jax.random.key(0), CONFIG), tx)
     order = np.random.default_rng(0)
     for _ in range(100):
         state, metrics = step(state, {"tokens": text[order.integers(0, len(text), 8)]})
     assert float(metrics["nll"]) < 3.5  # 5.8 before
-    return Model(CONFIG, salient(state.params), tokenizer), text[: TEXT["count"]], held_out
+    model = Model(CONFIG, salient(state.params), Tokenizer.byte_level())
+    return model, text[: TEXT["count"]], held_out
+
+
+@functools.cache
+def untrained() -> tuple[Model, np.ndarray]:
+    """A model that has learnt nothing, which takes no time, and text."""
+    params = init(jax.random.key(0), CONFIG)
+    return Model(CONFIG, salient(params), Tokenizer.byte_level()), texts(TEXT["count"])[0]

@@ -18,22 +18,22 @@ from jaxinfra.generate import generate
 from jaxinfra.loading import load
 from jaxinfra.model.params import init
 from jaxinfra.weights import compressed, safetensors
-from tests.decode.quantize_cases import CONFIG, trained
+from tests.decode.quantize_cases import CONFIG, trained, untrained
 from tests.jaxinfra.train.tiny import SPARSE
 
 FOUR = Scheme(4, 32)
 
 
 @functools.cache
-def quantised(method: str, scheme: Scheme = FOUR, head: bool = False):
-    model, text, _ = trained()
-    return quantize(model.params, CONFIG, scheme, method, text, head=head)
+def quantised(scheme: Scheme = FOUR, head: bool = False):
+    return quantize(untrained()[0].params, CONFIG, scheme, "rtn", head=head)
 
 
 @functools.cache
 def kl(method: str, scheme: Scheme = FOUR) -> float:
-    model, _, held_out = trained()
-    return compare(model.params, quantised(method, scheme), CONFIG, held_out).kl
+    model, text, held_out = trained()
+    params = quantize(model.params, CONFIG, scheme, method, text)
+    return compare(model.params, params, CONFIG, held_out).kl
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_awqs_factors_alone_change_nothing(monkeypatch):
         return jnp.sqrt(inputs.magnitude / jnp.mean(inputs.magnitude))
 
     monkeypatch.setattr(awq, "_search", roots)
-    model, text, _ = trained()
+    model, text = untrained()
     layer = layer_of(model.params.layers, 0)
     calibration = Calibration(model.params, CONFIG, text[:4])
     inputs = calibration.inputs(layer, 0)
@@ -78,9 +78,9 @@ def test_awqs_factors_alone_change_nothing(monkeypatch):
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("scheme", [FOUR, Scheme(8), Scheme(8, float8=True)], ids=str)
 def test_a_folder_comes_back_bit_for_bit(tmp_path, scheme, head):
-    params = quantised("rtn", scheme, head)
+    params = quantised(scheme, head)
     config = CONFIG.replace(tie_embeddings=not head)
-    compressed.save(tmp_path / "q", params, config, trained()[0].tokenizer)
+    compressed.save(tmp_path / "q", params, config, untrained()[0].tokenizer)
     model = load(tmp_path / "q")
     assert model.config == config
     assert jax.tree.structure(model.params) == jax.tree.structure(params)
@@ -94,8 +94,8 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, scheme, head):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The trained model, saved as any other."""
-    model, path = trained()[0], tmp_path_factory.mktemp("model") / "floats"
+    """The model, saved as any other."""
+    model, path = untrained()[0], tmp_path_factory.mktemp("model") / "floats"
     safetensors.save(path, model.params, CONFIG)
     model.tokenizer.save(path)
     return path
@@ -153,7 +153,7 @@ def test_too_little_text_is_told(folder, tmp_path):
 
 
 def test_a_model_is_quantised_once(folder, tmp_path):
-    compressed.save(tmp_path / "q", quantised("rtn"), CONFIG, trained()[0].tokenizer)
+    compressed.save(tmp_path / "q", quantised(), CONFIG, untrained()[0].tokenizer)
     with pytest.raises(UserError, match="quantised already"):
         run.run(str(tmp_path / "q"), tmp_path / "again", console=silent())
     with pytest.raises(UserError, match="exists already"):
@@ -170,7 +170,7 @@ def test_a_model_is_quantised_once(folder, tmp_path):
     ],
 )
 def test_other_layouts_are_refused(tmp_path, change, words):
-    compressed.save(tmp_path / "q", quantised("rtn"), CONFIG, trained()[0].tokenizer)
+    compressed.save(tmp_path / "q", quantised(), CONFIG, untrained()[0].tokenizer)
     file = tmp_path / "q" / "config.json"
     raw = json.loads(file.read_text())
     raw["quantization_config"] |= change
@@ -180,7 +180,7 @@ def test_other_layouts_are_refused(tmp_path, change, words):
 
 
 def test_a_cut_folder_is_refused(tmp_path):
-    compressed.save(tmp_path / "q", quantised("rtn"), CONFIG, trained()[0].tokenizer)
+    compressed.save(tmp_path / "q", quantised(), CONFIG, untrained()[0].tokenizer)
     file = tmp_path / "q" / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
@@ -194,7 +194,7 @@ def test_a_cut_folder_is_refused(tmp_path):
 def test_calibration_and_held_out_text_share_nothing(tmp_path):
     lines = "".join(f"line {i} of the text\n" for i in range(20_000))
     (tmp_path / "text").write_text(lines)
-    tokenizer = trained()[0].tokenizer
+    tokenizer = untrained()[0].tokenizer
     seen, held_out = windows(str(tmp_path / "text"), tokenizer, count=40, length=200, held_out=10)
     numbers = [set(re.findall(r"line (\d+) ", tokenizer.decode(part.ravel())))
                for part in (seen, held_out)]  # fmt: skip
