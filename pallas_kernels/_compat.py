@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from typing import Any
 
 import jax
@@ -27,10 +28,32 @@ MUTABLE_UNDER_CUSTOM_VMAP = not _OLD  # a function with its own batching may mak
 def interpret_params() -> Any:
     """What `interpret=` takes to run a kernel on a CPU with the race detector on."""
     if _OLD:
+        _compile_once()
         params = importlib.import_module(f"{_INTERPRETER}.params")
         return params.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=1)
     params: Any = getattr(plgpu, "InterpretGPUParams")  # noqa: B009 (jax 0.10 has none)
     return params(detect_races=True, num_tma_threads_per_device=5)
+
+
+@functools.cache
+def _compile_once() -> None:
+    """Lets the interpreter's threads share a program, as newer versions do.
+
+    jax 0.10 compiles the kernel for each thread of each block, which is most of what it costs.
+    """
+    threads: Any = importlib.import_module("jax._src.pallas.mosaic.interpret.thread_map")
+    lock, programs = threading.Lock(), {}
+
+    def run(jaxpr, consts, *args):
+        with lock:
+            if jaxpr not in programs:
+                programs.clear()  # another kernel's
+                of = jax.jit(functools.partial(threads.jax_core.eval_jaxpr, jaxpr))
+                programs[jaxpr] = of.lower(consts, *args).compile()
+            program = programs[jaxpr]
+        program(consts, *args)
+
+    threads._run_jaxpr = run
 
 
 def races_found() -> bool:

@@ -37,7 +37,7 @@ def held(name, B, T, S, N, H, dtype=jnp.bfloat16):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_attention_and_does_not_race(name):
-    held(name, 1, 128, 384, 2, 64)
+    held(name, 1, 128, 384, 1, 64)
 
 
 @pytest.mark.slow

@@ -27,13 +27,13 @@ SMALL = Config(64, 64, slots=3)
 
 # Counts, M, K, N, the schedule
 CASES = {
-    "edges within a piece": ([3, 70, 0, 50], 128, 64, 128, SMALL),
+    "edges within a piece": ([3, 70, 0, 50], 128, 64, 64, SMALL),
     "one group": ([128], 128, 128, 64, SMALL),
     "rows behind": ([0, 9, 4], 200, 64, 64, SMALL),
     "several pieces a tile": ([100, 0, 37, 90], 256, 128, 128, Config(128, 128, slots=2)),
     "three pieces across": ([150, 106], 256, 64, 192, Config(64, 192, slots=2)),
     # No slot is used twice: whoever does not wait for it cannot hold up the one who fills it.
-    "a step a tile": ([128], 128, 64, 64, SMALL),
+    "a step a tile": ([64], 64, 64, 64, SMALL),
 }
 slow = {name: [] if name == "edges within a piece" else pytest.mark.slow for name in CASES}
 every = pytest.mark.parametrize(
