@@ -58,7 +58,7 @@ def train(
         from parallel.hosts import join
 
         join(coordinator, hosts, host, timeout=join_timeout)
-    if mesh is None:
+    if mesh is None and not config.router_bias_update_rate:
         from jaxinfra.train.loop import train as train_on_one
 
         train_on_one(config)
@@ -69,9 +69,10 @@ def train(
     train_on_mesh(
         config,
         Strategy(
-            mesh, zero, schedule, context, sequence, capacity_factor, dispatch, precision, offload
+            mesh or "dp=1", zero, schedule, context, sequence, capacity_factor, dispatch, precision,
+            offload,
         ),
-    )
+    )  # fmt: skip
 
 
 def schedule(

@@ -28,16 +28,17 @@ from jaxtyping import Array
 from jaxinfra.model.params import Params
 from jaxinfra.train.loss import Batch, target_weights
 from jaxinfra.train.step import Metrics, Step, TrainState, make_step
-from parallel import model, precision
+from parallel import balance, model, precision
 from parallel.layout import Layout, summed
 from parallel.mesh import DATA, Axis, ensure_varying, present, shardings, varying
 from parallel.model import Options, Rows
 
-# (parameters, rows, `precision.scales`) of a device -> (its share of the metrics, its gradients,
-# nothing summed yet)
+# (parameters, rows, `_extras`) of a device -> (its share of the metrics, its gradients, nothing
+# summed yet)
 LocalGradients = Callable[[Params, Rows, Any], tuple[Metrics, Params]]
 DP = Axis.DP.value
 SEEN = "seen"  # among the metrics: largest values of products, of which the largest is taken
+LOADS = "loads"  # and how many tokens chose each expert, where a bias balances them
 
 
 def local_gradients(layout: Layout, options: Options) -> LocalGradients:
@@ -47,23 +48,25 @@ def local_gradients(layout: Layout, options: Options) -> LocalGradients:
     has summed it with another's is part of its type.
     """
 
-    def gradients(params: Params, rows: Rows, scales: Any) -> tuple[Metrics, Params]:
+    def gradients(params: Params, rows: Rows, extras: Any) -> tuple[Metrics, Params]:
         count = model.count_of(rows)
         compute = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
         compute = model.cast_varying(compute, options)
-        factor, largest = scales
-        largest = ensure_varying(largest, Axis)
+        factor, *others = extras
+        others = ensure_varying(others, Axis)
 
         def part(rows: Rows) -> tuple[Metrics, Params]:
-            def of(params: Params, largest: Any) -> tuple[Array, Metrics]:
-                loss, aux = model.local_loss(params, layout.config, rows, count, options, largest)
+            def of(params: Params, others: Any) -> tuple[Array, Metrics]:
+                loss, aux = model.local_loss(params, layout.config, rows, count, options, *others)
                 return loss if factor is None else loss * factor, {"loss": loss, **aux}
 
-            (_, metrics), (grads, seen) = jax.value_and_grad(of, (0, 1), has_aux=True)(
-                compute, largest
+            (_, metrics), (grads, (seen, loads)) = jax.value_and_grad(of, (0, 1), has_aux=True)(
+                compute, others
             )
             if seen is not None:
                 metrics[SEEN] = seen[..., 0]
+            if loads is not None:
+                metrics[LOADS] = loads
             return metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         if options.accumulate == 1:
@@ -92,8 +95,8 @@ def dp(
     """Every device keeps all; gradients are summed once, by one all-reduce."""
     local = local or local_gradients(layout, options)
 
-    def gradients(params: Params, rows: Rows, scales: Any) -> tuple[Metrics, Params]:
-        metrics, grads = local(params, rows, scales)
+    def gradients(params: Params, rows: Rows, extras: Any) -> tuple[Metrics, Params]:
+        metrics, grads = local(params, rows, extras)
         return _total(metrics), summed(grads, layout.specs)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -110,8 +113,8 @@ def zero1(
     local = local or local_gradients(layout, options)
     own = layout.cut_further(Axis.DP)
 
-    def gradients(params: Params, rows: Rows, scales: Any) -> tuple[Metrics, Params]:
-        metrics, grads = local(params, rows, scales)
+    def gradients(params: Params, rows: Rows, extras: Any) -> tuple[Metrics, Params]:
+        metrics, grads = local(params, rows, extras)
         grads = summed(grads, layout.specs)
         return _total(metrics), _along_dp(_own_part, grads, layout.specs, own)
 
@@ -130,8 +133,8 @@ def zero2(
     local = local or local_gradients(layout, options)
     own = layout.cut_further(Axis.DP)
 
-    def gradients(params: Params, rows: Rows, scales: Any) -> tuple[Metrics, Params]:
-        metrics, grads = local(params, rows, scales)
+    def gradients(params: Params, rows: Rows, extras: Any) -> tuple[Metrics, Params]:
+        metrics, grads = local(params, rows, extras)
         grads = _along_dp(_scattered, grads, layout.specs, own)
         return _total(metrics), summed(grads, own)
 
@@ -153,8 +156,8 @@ def zero3(
     """
     local = local or local_gradients(layout, options)
 
-    def gradients(params: Params, rows: Rows, scales: Any) -> tuple[Metrics, Params]:
-        metrics, grads = local(params, rows, scales)
+    def gradients(params: Params, rows: Rows, extras: Any) -> tuple[Metrics, Params]:
+        metrics, grads = local(params, rows, extras)
         return _total(metrics), summed(grads, layout.specs)  # norms of heads, and over dp
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -186,9 +189,13 @@ STEPS = {"dp": dp, "zero1": zero1, "zero2": zero2, "zero3": zero3}
 
 def _total(metrics: Metrics) -> Metrics:
     axes = present((Axis.PP, *DATA))
-    seen = metrics.pop(SEEN, None)
+    seen, loads = metrics.pop(SEEN, None), metrics.pop(LOADS, None)
     total = lax.psum(metrics, axes) if axes else metrics
-    return total if seen is None else total | {SEEN: lax.pmax(seen, tuple(sorted(varying(seen))))}
+    if seen is not None:
+        total[SEEN] = lax.pmax(seen, tuple(sorted(varying(seen))))
+    if loads is not None:
+        total[LOADS] = balance.total(loads)
+    return total
 
 
 def _along_dp(function: Callable[[Array, int], Array], grads: Any, specs: Any, own: Any) -> Any:
@@ -219,10 +226,14 @@ def _mapped(layout: Layout, gradients: Callable, out: Any) -> Callable:
     cp = layout.mesh.shape.get(Axis.CP, 1)
 
     def whole(state: TrainState, batch: Batch) -> tuple[Metrics, Params]:
-        scales = precision.scales(state.opt_state)
-        return mapped(state.params, model.rows_of(batch, cp), scales)
+        return mapped(state.params, model.rows_of(batch, cp), _extras(state))
 
     return whole
+
+
+def _extras(state: TrainState) -> tuple[Array | None, Array | None, Array | None]:
+    """What a step computes with beside parameters: (factor on the loss, largest values, bias)."""
+    return (*precision.scales(state.opt_state), balance.bias_of(state.opt_state))
 
 
 def _update(
@@ -234,10 +245,13 @@ def _update(
 ) -> tuple[TrainState, Metrics]:
     """The optimiser's update of whole arrays, as they are cut; skipped where not finite."""
     factor, _ = precision.scales(state.opt_state)
-    grads, seen = precision.unscaled(grads, factor), metrics.pop(SEEN, None)
+    grads = precision.unscaled(grads, factor)
+    seen, loads = metrics.pop(SEEN, None), metrics.pop(LOADS, None)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(cast(Any, grads), state.opt_state, cast(Any, params))
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        cast(Any, grads), state.opt_state, cast(Any, params), loads=loads
+    )
     updated = (optax.apply_updates(cast(Any, params), updates), opt_state)
     new, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), updated, (params, state.opt_state)
@@ -247,6 +261,8 @@ def _update(
     metrics = metrics | {"grad_norm": norm, "skipped": skipped}
     if factor is not None:
         metrics["loss_scale"] = factor
+    if loads is not None:
+        metrics["max_violation"] = balance.violation(loads)
     return TrainState(new, opt_state, state.step + 1, skipped), metrics
 
 

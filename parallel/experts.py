@@ -13,8 +13,7 @@ not renormalised) and counted; without one C = M and nothing can be dropped. Rag
 nothing and multiply with a grouped product over rows sorted by expert (Gale et al. 2022,
 MegaBlocks, arXiv 2211.15841). The ring wins where k >= n; `ragged` is `parallel.ragged`'s message.
 
-Balance without a loss: a bias on each expert's score moves choices and not weights, up where an
-expert had less than its share (Wang et al. 2024, arXiv 2408.15664).
+A bias on each expert's score moves choices and not weights; `parallel.balance` adjusts it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from jaxinfra.model import moe
 from jaxinfra.model.config import Experts
 from jaxinfra.model.params import MoE
 from pallas_kernels import grouped_matmul
-from parallel.mesh import DATA, Axis, index, present, size
+from parallel.mesh import DATA, Axis, ensure_varying, index, present, size, varying
 from parallel.ragged import Sizes, ragged_all_to_all
 
 EP, TP = Axis.EP.value, Axis.TP.value
@@ -55,13 +54,17 @@ def feed_forward(
 
     `layer` holds this device's E / n experts and its share of their width: the result is a part of
     a sum over tp. `real` is 1 for tokens that count in the balance. `bias` is added to
-    probabilities where experts are chosen (`adjusted`). `multiply` takes the place of the products
-    of padded queues, by the name of their matrices.
+    probabilities where experts are chosen; its cotangent are this device's loads, how many real
+    tokens chose each expert. `multiply` takes the place of the products of padded queues, by the
+    name of their matrices.
     """
     B, T, D = x.shape
     if capacity_factor is not None and dispatch != "padded":
         raise UserError(f"dispatch={dispatch} drops nothing; leave capacity_factor out")
     weight, probability = route(x, layer.router, experts, bias)
+    if bias is not None:
+        loads = jnp.einsum("bte,bt->e", (weight > 0).astype(jnp.float32), real)
+        weight = _told(weight, bias, lax.stop_gradient(loads))
     share, expert = lax.top_k(weight.reshape(B * T, -1), experts.top_k)
     rows = x.reshape(B * T, D)
     if dispatch == "padded":
@@ -92,14 +95,17 @@ def route(
     return weight, probability
 
 
-def adjusted(
-    bias: Float[Array, "*L E"], chosen: Float[Array, "*L E"], rate: float = 1e-3
-) -> Float[Array, "*L E"]:
-    """The bias of the next step: `rate` up for experts with less than the mean of `Balance.chosen`.
+@jax.custom_vjp
+def _told(weight: Array, bias: Array, loads: Array) -> Array:
+    """`weight`; the cotangent of `bias`, which is no derivative, are the loads."""
+    return weight
 
-    arXiv 2408.15664, algorithm 1.
-    """
-    return bias + rate * jnp.sign(jnp.mean(chosen, axis=-1, keepdims=True) - chosen)
+
+def _told_forward(weight: Array, bias: Array, loads: Array) -> tuple[Array, Array]:
+    return weight, ensure_varying(loads, varying(bias))
+
+
+_told.defvjp(_told_forward, lambda loads, g: (g, loads, jnp.zeros_like(loads)))
 
 
 def places(tokens: int, experts: Experts, capacity_factor: float | None) -> int:

@@ -113,11 +113,12 @@ def block(
     rows: Rows,
     options: Options,
     largest: fp8.History = None,
+    bias: Float[Array, " E"] | None = None,
 ) -> tuple[Float[Array, "B t D"], Any]:
     """One layer, its parameters cut as `layout.RULES` says.
 
     Also what routing did, where there are experts: (balance, choices dropped on this device).
-    `largest` are what delayed scales of float8 go by.
+    `largest` are what delayed scales of float8 go by, `bias` is that of the router.
     """
 
     def before(x: Array, layer: Layer, largest: fp8.History) -> tuple[Array, Array, Array]:
@@ -131,7 +132,9 @@ def block(
         q, k = checkpoint_name(q, "matmul"), checkpoint_name(k, "matmul")
         return *transformer.rotate_qk(layer.attn, q, k, config, cos_sin), v
 
-    def after(x: Array, out: Array, layer: Layer, largest: fp8.History) -> tuple[Array, Any]:
+    def after(
+        x: Array, out: Array, layer: Layer, largest: fp8.History, bias: Array | None
+    ) -> tuple[Array, Any]:
         layer = gathered(layer, _dims(layer))
         if options.fp8:
             out = fp8.project_out(layer.attn, out, largest)
@@ -146,7 +149,7 @@ def block(
             act = transformer.activation(config)
             out, routing = fp8.feed_forward(layer.mlp, h, act, largest), None
         else:
-            out, routing = _feed_forward(layer, h, config, rows, options, largest)
+            out, routing = _feed_forward(layer, h, config, rows, options, largest, bias)
         out = tensor.leave(out, options.sequence)
         return transformer.residual(x, out, layer.post_mlp_norm, config), routing
 
@@ -160,7 +163,7 @@ def block(
         after = jax.checkpoint(after, policy=policy, prevent_cse=apart)
     q, k, v = before(x, layer, largest)
     out = context.attend(q, k, v, rows.get("segments"), config.scale, options.context)
-    return after(x, out, layer, largest)
+    return after(x, out, layer, largest, bias)
 
 
 def _feed_forward(
@@ -170,13 +173,14 @@ def _feed_forward(
     rows: Rows,
     options: Options,
     largest: fp8.History,
+    bias: Array | None,
 ) -> tuple[Array, Any]:
     if not isinstance(layer.mlp, MoE) or config.experts is None:
         return transformer.feed_forward(layer, h, config)[0], None
     real = (rows["segments"] > 0) if "segments" in rows else jnp.ones(h.shape[:2], bool)
     out, balance, dropped = experts.feed_forward(
         layer.mlp, h, config.experts, transformer.activation(config), real.astype(jnp.float32),
-        options.capacity_factor, options.dispatch,
+        options.capacity_factor, options.dispatch, bias,
         multiply=functools.partial(fp8.by_expert, history=largest) if options.fp8 else None,
     )  # fmt: skip
     return out, (balance, dropped)
@@ -189,16 +193,20 @@ def blocks(
     rows: Rows,
     options: Options,
     largest: Float[Array, "l products 3 steps"] | None = None,
+    bias: Float[Array, "l E"] | None = None,
     real: Float[Array, " l"] | None = None,
 ) -> tuple[Float[Array, "B t D"], Any]:
     """Stacked layers [l, ...] one after the other; those where `real` is 0 are passed by."""
 
-    def one(x: Array, scanned: tuple[Layer, fp8.History, Array | None]) -> tuple[Array, Any]:
-        layer, largest, here = scanned
+    def one(x: Array, scanned: tuple[Layer, fp8.History, Any, Any]) -> tuple[Array, Any]:
+        layer, largest, bias, here = scanned
+
+        def through(x: Array, layer: Layer, bias: Array | None) -> Array:
+            return block(x, layer, config, rows, options, bias=bias)[0]
+
         if here is not None:
-            through = lambda x, layer: block(x, layer, config, rows, options)[0]  # noqa: E731
-            return jax.lax.cond(here > 0, through, lambda x, _: x, x, layer), None
-        return block(checkpoint_name(x, "input"), layer, config, rows, options, largest)
+            return jax.lax.cond(here > 0, through, lambda x, *_: x, x, layer, bias), None
+        return block(checkpoint_name(x, "input"), layer, config, rows, options, largest, bias)
 
     if options.remat in ("full", "offload"):
         policy = None
@@ -209,7 +217,7 @@ def blocks(
             )  # fmt: skip
         one = jax.checkpoint(one, prevent_cse=options.unroll > 1, policy=policy)
     unroll = min(options.unroll, layers.attn_norm.shape[0])
-    return jax.lax.scan(one, x, (layers, largest, real), unroll=unroll)
+    return jax.lax.scan(one, x, (layers, largest, bias, real), unroll=unroll)
 
 
 def loss_sums(
@@ -241,18 +249,20 @@ def local_loss(
     count: Array,
     options: Options,
     largest: Float[Array, "L products 3 steps"] | None = None,
+    bias: Float[Array, "L E"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """This device's share of the loss and {"nll": its share of the mean nll}; sums over DATA."""
     x = embed(params, config, rows, options)
-    x, routing = blocks(params.layers, config, x, rows, options, largest)
+    x, routing = blocks(params.layers, config, x, rows, options, largest, bias)
     loss, nll = loss_sums(params, config, x, rows, options)
     loss, aux = loss / count, {"nll": nll / count}
     if config.experts is not None:
         balance, dropped = routing
-        whole = jax.lax.psum(1, present(DATA)) if present(DATA) else 1
-        # Of a part of the batch its share, as on one device; each device tells the same.
-        share = count_of(rows) / count / whole
-        loss = loss + share * config.experts.balance_coef * moe.balance_loss(balance)
+        if config.experts.balance_coef:  # or its sums in every layer are for nothing
+            whole = jax.lax.psum(1, present(DATA)) if present(DATA) else 1
+            # Of a part of the batch its share, as on one device; each device tells the same.
+            share = count_of(rows) / count / whole
+            loss = loss + share * config.experts.balance_coef * moe.balance_loss(balance)
         dropped = ensure_varying(jnp.sum(dropped), DATA)
         aux["dropped"] = jax.lax.pmean(dropped, "tp") if "tp" in varying(dropped) else dropped
     return loss, aux

@@ -76,11 +76,13 @@ def scaled(
             largest = jnp.zeros(shape, jnp.float32)
         return Scaled(loss, largest, optimizer.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, inner = optimizer.update(updates, state.inner, params)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, inner = optax.with_extra_args_support(optimizer).update(
+            updates, state.inner, params, **extra
+        )
         return updates, state._replace(inner=inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scales(opt_state: Any) -> tuple[Array | None, Array | None]:

@@ -28,7 +28,7 @@ from jaxinfra.train.config import TrainConfig
 from jaxinfra.train.loss import Batch
 from jaxinfra.train.optimizer import schedule as rate_of
 from jaxinfra.train.step import Metrics, Step, TrainState
-from parallel import data, hosts, mesh, precision
+from parallel import balance, data, hosts, mesh, precision
 from parallel.layout import Layout
 from parallel.mesh import Axis, shardings
 from parallel.model import Options
@@ -95,11 +95,7 @@ def build(
     """
     sizes = mesh.parse(strategy.mesh)
     layout = Layout(config, mesh.make(sizes, devices))
-    how = Options(
-        context=strategy.context, sequence=strategy.sequence,
-        capacity_factor=strategy.capacity_factor, dispatch=strategy.dispatch,
-        fp8="float8" in strategy.precision, **options,
-    )  # fmt: skip
+    how = _options(strategy, **options)
     if how.fp8 and config.experts and how.dispatch != "padded":
         raise UserError(
             f"precision=float8: dispatch={how.dispatch} multiplies groups of rows, which have no "
@@ -113,6 +109,14 @@ def build(
     moments = layout.cut_further(Axis.DP) if strategy.zero else None
     step = data.STEPS[name](layout, optimizer, how, local)
     return layout, step, layout.state_specs(optimizer, moments)
+
+
+def _options(strategy: Strategy, **options: Any) -> Options:
+    return Options(
+        context=strategy.context, sequence=strategy.sequence,
+        capacity_factor=strategy.capacity_factor, dispatch=strategy.dispatch,
+        fp8="float8" in strategy.precision, **options,
+    )  # fmt: skip
 
 
 def train(
@@ -141,6 +145,15 @@ class _Run(loop._Run):
             state, metrics = self.inner(state, batch)
             return state, metrics | {"lr": lr}
 
+        if config.router_bias_update_rate:
+            how = _options(dataclasses.replace(strategy, precision=""), dtype=self.dtype)
+            evaluate = balance.evaluation(self.layout, how)
+
+            def with_bias(params: P.Params, batch: Batch) -> Any:
+                bias: Any = balance.bias_of(self.state.opt_state)
+                return evaluate(params, bias, batch)
+
+            self.evaluate = with_bias
         options = OVERLAP if jax.default_backend() == "gpu" and jax.device_count() > 1 else None
         compiled = jax.jit(step, donate_argnums=0, compiler_options=options)
         if jax.process_count() == 1:
@@ -152,6 +165,8 @@ class _Run(loop._Run):
     def _start(self, make_params: Callable[[], P.Params]) -> TrainState:
         remat = "offload" if self.strategy.offload else self.config.remat
         dtype = self.dtype
+        if rate := self.config.router_bias_update_rate:
+            self.optimizer = balance.balanced(self.optimizer, rate, self.model_config)
         if self.strategy.precision:
             self.optimizer = precision.scaled(
                 self.optimizer, self.strategy.precision, self.model_config

@@ -81,6 +81,9 @@ class TrainConfig:
     Without a loop nothing is copied to stack what each layer keeps for the backward pass."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator (1e-4 in PaLM)."""
+    router_bias_update_rate: float = 0.0
+    """Of experts: a bias that balances their load without a loss moves by so much a step (0.001 in
+    DeepSeek-V3); 0: none. Samples and the model at the end choose experts without it."""
     separate_documents: bool = False
     """Documents that share a row do not see each other."""
     validation: float = 0.02
@@ -122,5 +125,9 @@ class TrainConfig:
             raise UserError("train: eval_every and sample_every may not be negative")
         if not 0 <= self.z_loss < float("inf"):
             raise UserError(f"train: z_loss={self.z_loss}: give 0 or a positive number")
+        if not 0 <= self.router_bias_update_rate < 1:
+            raise UserError(
+                f"train: router_bias_update_rate={self.router_bias_update_rate}: give one in [0, 1)"
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"train: seed={self.seed}: give an integer from 0 to {2**32 - 1}")

@@ -68,6 +68,11 @@ def train(
     Raises UserError where `config` asks for what is not there or does not fit together, where
     `config.out` holds a run and `config.resume` is not set, and where the disk is full.
     """
+    if config.router_bias_update_rate:
+        raise UserError(
+            "train: router_bias_update_rate: this step has no bias of the router; train on a mesh, "
+            "of which dp=1 is one device"
+        )
     return _Run(config, console or Console(), on_row or (lambda row: None)).run()
 
 
@@ -202,7 +207,7 @@ def _about(
     config: TrainConfig, dtype: Any, model: ModelConfig, tokenizer: Tokenizer, data: Data
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
-    return {
+    about = {
         "model": model.to_hf(),
         "tokenizer": fingerprint(tokenizer),
         "data": {
@@ -220,3 +225,6 @@ def _about(
         "z_loss": config.z_loss,
         "dtype": dtype.name,
     }
+    if config.router_bias_update_rate:  # runs from before it was there can go on without it
+        about["router_bias_update_rate"] = config.router_bias_update_rate
+    return about

@@ -24,7 +24,7 @@ from jaxinfra.errors import UserError
 from jaxinfra.model.params import Layer, Params
 from jaxinfra.train.step import Metrics
 from parallel import model
-from parallel.data import LocalGradients
+from parallel.data import LOADS, LocalGradients
 from parallel.layout import Layout
 from parallel.mesh import Axis, ensure_varying, index
 from parallel.model import Options, Rows
@@ -51,10 +51,10 @@ def local_gradients(
     _check(layout, options, schedule)
     layers = even(config.num_layers, schedule) if layers is None else layers
     whole_stages = len(set(layers)) == 1
-    real = (order(layers, schedule) >= 0).reshape(schedule.stages, schedule.chunks, -1)
+    places = order(layers, schedule).reshape(schedule.stages, schedule.chunks, -1)
 
-    def gradients(params: Params, rows: Rows, scales: Any) -> tuple[Metrics, Params]:
-        factor, _ = scales
+    def gradients(params: Params, rows: Rows, extras: Any) -> tuple[Metrics, Params]:
+        factor, _, bias = extras
         count = model.count_of(rows)
         compute = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
         compute = model.cast_varying(compute, options)
@@ -64,16 +64,18 @@ def local_gradients(
             chunked = jax.tree.map(
                 lambda leaf: leaf.reshape(schedule.chunks, -1, *leaf.shape[1:]), compute.layers
             )
-        here = ensure_varying(jnp.asarray(real, jnp.float32)[index(Axis.PP)], Axis)  # [C, places]
+        own = jnp.asarray(places)[index(Axis.PP)]  # [C, places]
+        here = ensure_varying((own >= 0).astype(jnp.float32), Axis)
+        biases = None if bias is None else ensure_varying(bias[own], Axis)
 
-        def body(chunk: tuple[Layer, Array], x: Array, rows: Rows) -> Array:
-            layers, here = chunk
+        def body(chunk: tuple[Layer, Array, Any], x: Array, rows: Rows) -> Array:
+            layers, here, biases = chunk
             if not schedule.splits:
                 skip = None if whole_stages else here
-                return model.blocks(layers, config, x, rows, options, real=skip)[0]
+                return model.blocks(layers, config, x, rows, options, bias=biases, real=skip)[0]
             for i in range(here.shape[0]):
-                layer = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
-                y, _ = model.block(x, layer, config, rows, options)
+                layer, bias = jax.tree.map(lambda leaf, i=i: leaf[i], (layers, biases))
+                y, _ = model.block(x, layer, config, rows, options, bias=bias)
                 x = y if whole_stages else jnp.where(here[i] > 0, y, x)
             return x
 
@@ -89,9 +91,12 @@ def local_gradients(
         parts = jax.tree.map(
             lambda leaf: leaf.reshape(schedule.microbatches, -1, leaf.shape[1]), dict(rows)
         )
-        sums, (of_layers, _), of_shared = run.gradients(
-            schedule, whole, (chunked, here), shared, parts
+        sums, (of_layers, _, loads), of_shared = run.gradients(
+            schedule, whole, (chunked, here, biases), shared, parts
         )
+        if bias is not None:  # empty places counted for no layer
+            at = jnp.where(own >= 0, own, config.num_layers)
+            sums[LOADS] = jnp.zeros_like(bias).at[at].add(loads, mode="drop")
         if in_order:
             of_layers = collected(of_layers, schedule)
         of_layers = jax.tree.map(lambda g, leaf: g.reshape(leaf.shape), of_layers, params.layers)
@@ -111,7 +116,7 @@ def _check(layout: Layout, options: Options, schedule: Schedule) -> None:
     if layout.config.experts and layout.config.experts.balance_coef:
         raise UserError(
             "schedule: the balance loss is a product of means over all layers, which no stage has; "
-            "set the model's balance_coef to 0 under pp"
+            "set the model's balance_coef to 0 under pp; a router_bias_update_rate balances there"
         )
     if layout.mesh.shape.get(Axis.CP, 1) > 1 and options.context in ("ring", "usp"):
         raise UserError(

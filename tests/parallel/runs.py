@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxinfra.train.step import Step, TrainState
-from parallel import data, precision
+from parallel import balance, data, precision
 from parallel import mesh as M
 from parallel.layout import Layout
 from parallel.model import Options
@@ -25,10 +25,14 @@ def started(
     schedule: Schedule | None = None,
     scales: str = "",
     layers: Sequence[int] | None = None,
+    rate: float = 0.0,
 ) -> tuple[Step, TrainState]:
     """A step of a model of tiny.MODELS, and the state placed as it wants it."""
     config, tx = tiny.MODELS[name], tiny.optimizer()
     state, local = tiny.start(config), None
+    if rate:
+        tx = balance.balanced(tx, rate, config)
+        state = TrainState.create(state.params, tx)
     layout = Layout(padded(config, layers) if layers else config, M.make(M.parse(mesh)))
     if scales:
         tx = precision.scaled(tx, scales, layout.config)
@@ -53,13 +57,15 @@ def trained(
     schedule: str = "",
     scales: str = "",
     layers: Sequence[int] | None = None,
+    rate: float = 0.0,
     **options: Any,
 ) -> dict[str, Any]:
     """What three steps leave; with a schedule's name, through a pipeline."""
     if not schedule:
-        return tiny.run(*started(name, mesh, builder, Options(**options), None, scales), packed)
+        begun = started(name, mesh, builder, Options(**options), None, scales, rate=rate)
+        return tiny.run(*begun, packed)
     table = make(schedule, M.parse(mesh).get(M.Axis.PP, 1), options["accumulate"])
-    begun = started(name, mesh, builder, Options(**options), table, scales, layers)
+    begun = started(name, mesh, builder, Options(**options), table, scales, layers, rate)
     found = tiny.run(*begun, packed)
     layers = layers or even(tiny.MODELS[name].num_layers, table)
     for key in ("gradients", "params"):

@@ -135,28 +135,6 @@ def test_a_wrong_place_in_the_message_is_rejected(monkeypatch):
     assert found["gradients"] > 1e-2, found
 
 
-def test_a_bias_balances_without_a_loss():
-    """Tokens that prefer some experts, until the bias of those is low enough."""
-    rng = np.random.default_rng(0)
-    config, D = tiny.MOE.experts, 6
-    x = jnp.asarray(rng.normal(size=(4, 64, D)) + 0.5, jnp.float32)
-    router = jnp.asarray(0.5 * rng.normal(size=(D, config.num_experts)), jnp.float32)
-
-    def step(bias, _):
-        weight, _ = experts.route(x, router, config, bias)
-        chosen = jnp.mean((weight > 0).astype(jnp.float32), axis=(0, 1))
-        return experts.adjusted(bias, chosen, 0.002), chosen
-
-    bias, chosen = jax.jit(lambda: jax.lax.scan(step, jnp.zeros(config.num_experts), length=600))()
-    even = config.top_k / config.num_experts
-    assert chosen[0].max() > 1.5 * even and chosen[-20:].max() < 1.15 * even
-    plain = moe.route(x, router, config)
-    assert relative(experts.route(x, router, config, jnp.zeros_like(bias)), plain) < 1e-6
-    weight, _ = experts.route(x, router, config, bias)
-    kept = jnp.where(weight > 0, plain[1], 0)  # weights are of what was learnt, not of the bias
-    assert relative(weight, kept / kept.sum(axis=-1, keepdims=True)) < 1e-6
-
-
 @pytest.mark.slow
 def test_what_the_other_ways_send():
     """Ring: all tokens to all, results summed. Ragged, emulated: parts of the largest size."""

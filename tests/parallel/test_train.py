@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -74,6 +75,26 @@ def test_a_run_in_half_precision_resumes_with_its_scale(tmp_path):
     assert int(found.state.opt_state.loss.clean) == 3 and int(found.state.skipped) == 0
 
 
+@pytest.mark.slow
+def test_a_run_balances_its_experts_and_resumes_with_the_bias(tmp_path):
+    quiet = Console(quiet=True)
+    there = config(tmp_path, steps=40, checkpoint_every=40, router_bias_update_rate=1e-3)
+    there = dataclasses.replace(there, eval_every=40, validation=0.1)
+    shape = tiny.UNBALANCED.replace(vocab_size=320, bos_id=None)
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_hf()))
+    found = train(there, Strategy("dp=2,ep=2"), console=quiet)
+    over = [row["max_violation"] for row in found.rows]
+    assert np.mean(over[-5:]) < 1.2, over  # without the bias about 2
+    more = dataclasses.replace(there, steps=41, resume=True, eval_every=0)
+    resumed = train(more, Strategy("fsdp=2,tp=2"), console=quiet)
+    moved = np.abs(resumed.state.opt_state.bias - found.state.opt_state.bias)
+    assert moved.max() == pytest.approx(1e-3, rel=1e-2) and resumed.rows[-1]["step"] == 41
+    assert resumed.rows[-1]["max_violation"] < 1.2
+    without = dataclasses.replace(more, router_bias_update_rate=0.0)
+    with pytest.raises(UserError, match="router_bias_update_rate was"):
+        train(without, Strategy("dp=4"), console=quiet)
+
+
 def test_layers_are_written_out_on_a_gpu_unless_there_are_many(monkeypatch):
     assert loop.layers_a_turn(0, 28) == 1 and loop.layers_a_turn(4, 2) == 2
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -88,6 +109,10 @@ def test_bad_strategies_are_told():
         Options(remat="some")
     with pytest.raises(UserError, match="give 1 to 512"):
         emulate(1000)
+    with pytest.raises(UserError, match="dp=1 is one device"):
+        loop.train(TrainConfig(router_bias_update_rate=1e-3))
+    with pytest.raises(UserError, match="router_bias_update_rate=2: give one in"):
+        TrainConfig(router_bias_update_rate=2)
 
 
 def test_the_command_draws_schedules(capsys):

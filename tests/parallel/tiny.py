@@ -16,6 +16,7 @@ from jaxinfra.train.config import OptimizerConfig
 from jaxinfra.train.loss import next_token_loss
 from jaxinfra.train.optimizer import make_optimizer, schedule
 from jaxinfra.train.step import TrainState, make_step
+from parallel.balance import bias_of
 from tests.parallel.emulated import QUICK
 
 B, T, V = 8, 16, 64
@@ -100,7 +101,8 @@ def run(step: Any, state: TrainState, packed: bool = True) -> dict[str, Any]:
     first = jax.device_get({"loss": metrics["loss"], "gradients": gradients(state)})
     for seed in (1, 2):
         state, metrics = step(state, batch(packed=packed, seed=seed))
-    return first | {"params": jax.device_get(state.params), "last": float(metrics["loss"])}
+    last = {"params": state.params, "last": metrics["loss"], "bias": bias_of(state.opt_state)}
+    return first | jax.device_get(last)
 
 
 @functools.cache
