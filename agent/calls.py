@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
-
-import anyio
+from functools import partial
+from typing import TYPE_CHECKING
 
 from agent import events as ev
-from agent.execute import PARALLEL, Emit, execute
+from agent.execute import PARALLEL, execute
+from agent.gather import gather
 from agent.messages import ToolCall
 from agent.policy import Decision, decide, tripped
 from agent.spec import Agent, transfer_name
@@ -30,60 +30,52 @@ async def call_tools(drive: Drive) -> bool:
             if drive.state.agent != agent.name:
                 return True
             continue
-        answer, error, may_run = await _judge(drive, agent, tool, call, len(ready))
-        if may_run:
+        refused, waits = await _judge(drive, agent, tool, call, len(ready))
+        if refused:
+            kind, told = refused
+            await drive.record(ev.ToolFinished(call.id, f"error: {told}", kind))
+        elif not waits:
             ready.append((tool, call))
-        elif answer is not None:
-            await drive.record(ev.ToolFinished(call.id, f"error: {answer}", error))
     if not ready:
         return not drive.state.pending
     for batch in _batches(ready):
-        if len(batch) == 1:
-            await _call(drive, *batch[0])
-            continue
-        async with anyio.create_task_group() as group:
-            limiter = anyio.CapacityLimiter(PARALLEL)
-            for tool, call in batch:
-                group.start_soon(_limited, limiter, drive, tool, call)
+        await gather((partial(_call, drive, tool, call) for tool, call in batch), PARALLEL)
     return True
 
 
 async def _judge(
     drive: Drive, agent: Agent, tool: Tool, call: ToolCall, ahead: int
-) -> tuple[str | None, str, bool]:
-    """What the model is told instead of a run, the kind of error, whether the call may run."""
+) -> tuple[tuple[str, str] | None, bool]:
+    """The kind of error and what the model is told, where the call may not run; whether it waits
+    for a person."""
     state = drive.state
     if call.id in state.started and call.id not in drive.mine and tool.effects == "write":
-        return (
-            "a crash interrupted this call; it may or may not have taken effect, and is not "
-            "run again", "in_doubt", False,
-        )  # fmt: skip
+        told = "a crash interrupted this call; it may or may not have taken effect, and is not "
+        return ("in_doubt", told + "run again"), False
     bound = drive.root.limits.tool_calls
     begun = call.id in state.started
     if bound is not None and not begun and state.spent.tool_calls + ahead >= bound:
-        return f"limit: {bound} tool calls used; answer with what you have", "limit", False
+        return ("limit", f"limit: {bound} tool calls used; answer with what you have"), False
     try:
         arguments = tool.parse(call.arguments)
     except ArgumentError:
-        return None, "", True  # to be told by `execute`; nothing runs
+        return None, False  # `execute` tells it; nothing runs
     if reason := await tripped(agent.guardrails, "call", f"{call.name} {call.arguments}"):
-        return f"stopped by the guardrail {reason}", "guardrail", False
+        return ("guardrail", f"stopped by the guardrail {reason}"), False
     try:
         decision = decide(agent.policy, tool, arguments, state.tainted_by)
     except Exception as error:
         decision = Decision("deny", f"the approval rule failed ({type(error).__name__})")
-    if decision.action == "allow":
-        return None, "", True
     if decision.action == "deny":
-        return f"denied: {decision.reason}", "denied", False
+        return ("denied", f"denied: {decision.reason}"), False
     answer = state.decided.get(call.id)
-    if answer is None:
-        if call.id not in state.asked:
-            await drive.record(ev.ApprovalRequested(call, decision.reason))
-        return None, "", False
-    if answer.approved:
-        return None, "", True
-    return f"a person refused this call. {answer.note}".strip(), "refused", False
+    if decision.action == "allow" or (answer is not None and answer.approved):
+        return None, False
+    if answer is not None:
+        return ("refused", f"a person refused this call. {answer.note}".strip()), False
+    if call.id not in state.asked:
+        await drive.record(ev.ApprovalRequested(call, decision.reason))
+    return None, True
 
 
 async def _transfer_or_refuse(drive: Drive, agent: Agent, call: ToolCall) -> None:
@@ -99,11 +91,6 @@ async def _transfer_or_refuse(drive: Drive, agent: Agent, call: ToolCall) -> Non
     await drive.record(*skipped, ev.ToolFinished(call.id, f"{other.name} takes over"), handed)
 
 
-async def _limited(limiter: anyio.CapacityLimiter, *what: Any) -> None:
-    async with limiter:
-        await _call(*what)
-
-
 async def _call(drive: Drive, tool: Tool, call: ToolCall) -> None:
     key = drive.state.started.get(call.id) or f"{drive.session}:{call.id}"
     drive.mine.add(call.id)
@@ -115,25 +102,19 @@ async def _call(drive: Drive, tool: Tool, call: ToolCall) -> None:
     async def listen(event: ev.Kept | ev.Passing) -> None:
         await (drive.record(event) if isinstance(event, ev.Retried) else drive.show(event))
 
+    async def report(text: str) -> None:
+        await listen(ev.ToolProgress(call.id, text))
+
     ended = await drive.early.take(call, listen)
     if ended is None:
-        ended = await execute(tool, call, _context(drive, call, key, listen), listen)
+        context = Context(drive.deps, drive.session, drive.agent.name, call.id, key,
+                          drive.state.tainted_by, report)  # fmt: skip
+        ended = await execute(tool, call, context, listen)
     ended = replace(ended, call_id=call.id)
     if reason := await tripped(drive.agent.guardrails, "result", ended.content):
         held = f"error: the result is withheld by the guardrail {reason}"
         ended = replace(ended, content=held, error="guardrail")
     await (drive.record(started, ended, shown=1) if pure else drive.record(ended))
-
-
-def _context(drive: Drive, call: ToolCall, key: str, say: Emit) -> Context:
-    """What the tool is told about where its call comes from."""
-
-    async def report(text: str) -> None:
-        await say(ev.ToolProgress(call.id, text))
-
-    return Context(
-        drive.deps, drive.session, drive.agent.name, call.id, key, drive.state.tainted_by, report
-    )
 
 
 def _batches(ready: list[tuple[Tool, ToolCall]]) -> list[list[tuple[Tool, ToolCall]]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, arg
 
 from jaxinfra.errors import UserError
 
@@ -117,11 +118,8 @@ class Trace:
         from agent.trace_page import family, page
         from jaxinfra.files import write_file
 
-        store = open_store(self.journal, existing=True)
-        try:
+        with contextlib.closing(open_store(self.journal, existing=True)) as store:
             found = anyio.run(family, store, self.session)
-        finally:
-            store.close()
         write_file(self.out, page(self.session, found).encode())
         print(self.out)
 
@@ -165,15 +163,7 @@ class Serve:
 
 
 def agent(
-    command: Annotated[
-        Annotated[Run, subcommand("run")]
-        | Annotated[Chat, subcommand("chat")]
-        | Annotated[Eval, subcommand("eval")]
-        | Annotated[Trace, subcommand("trace")]
-        | Annotated[Sessions, subcommand("sessions")]
-        | Annotated[Serve, subcommand("serve")],
-        arg(name=""),
-    ],
+    command: Annotated[Run | Chat | Eval | Trace | Sessions | Serve, arg(name="")],
 ) -> None:
     """Runs agents with tools: run, chat, eval, trace, sessions, serve."""
     command()

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agent.events import Compressed
-from agent.messages import Message, user
+from agent.messages import Message, same_start, user
 from agent.model import Model, Request, Settings, Usage, complete
 
 Said = Sequence[Message]
@@ -69,10 +69,7 @@ async def compress(messages: Said, how: Compression, model: Model) -> Compressed
             usage = usage + spent
     if not used:
         return None
-    same = next(
-        (i for i, (a, b) in enumerate(zip(messages, now, strict=False)) if a != b), len(now)
-    )
-    after, prefix = how.count(now), how.count(now[:same])
+    after, prefix = how.count(now), how.count(now[: same_start(messages, now)])
     return Compressed(now, tuple(used), before, after, prefix, "; ".join(lost), usage)
 
 

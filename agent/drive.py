@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import anyio
 import anyio.abc
-import stamina
 from pydantic import TypeAdapter
 
 from agent import events as ev
@@ -26,13 +25,16 @@ from agent.calls import call_tools
 from agent.compress import compress
 from agent.early import Early
 from agent.execute import Emit
+from agent.gather import unwrapped
 from agent.journal import MemoryStore, Store
 from agent.messages import Message, user
 from agent.model import Completion, Model, Request, TransportError, Usage
 from agent.policy import tripped
 from agent.redact import Redactor
+from agent.retry import attempts
 from agent.spec import FINAL, Agent, reachable
 from agent.state import State, evolve, fold
+from agent.tools import ignore
 from jaxinfra.errors import UserError
 
 
@@ -49,12 +51,7 @@ class Result:
 
     @property
     def approvals(self) -> tuple[ev.ApprovalRequested, ...]:
-        """The calls that wait for a person."""
         return self.state.waiting
-
-
-async def ignore(event: ev.Event) -> None:
-    """Listens to nothing."""
 
 
 class Drive:
@@ -95,12 +92,11 @@ class Drive:
         agent = self.agent if self.state.runs else self.root
         messages = (user(task),) if isinstance(task, str) else tuple(task)
         said = "\n".join(m.content for m in messages if m.role == "user")
+        began = ev.RunStarted(agent.name, self.instructions(agent), messages, tainted_by)
         if reason := await tripped(agent.guardrails, "input", said):
             # What a guardrail stopped is not kept in the conversation, only that it did.
-            began = ev.RunStarted(agent.name, self.instructions(agent), (), tainted_by)
-            await self.record(began, ev.RunFinished("guardrail", detail=reason))
-            return self._result()
-        began = ev.RunStarted(agent.name, self.instructions(agent), messages, tainted_by)
+            stopped = ev.RunFinished("guardrail", detail=reason)
+            return await self._go(replace(began, messages=()), stopped)
         return await self._go(began)
 
     async def go_on(self, decisions: Mapping[str, bool | str]) -> Result:
@@ -145,7 +141,7 @@ class Drive:
         try:
             await self.record(*first)
             left = None if seconds is None else max(0.0, seconds - self.state.spent.seconds)
-            with anyio.move_on_after(left) as clock:
+            with unwrapped(), anyio.move_on_after(left) as clock:
                 async with anyio.create_task_group() as self.group:
                     while self.state.finished is None and await self._step():
                         pass
@@ -157,8 +153,6 @@ class Drive:
             with anyio.CancelScope(shield=True):
                 await self._close("cancelled", "")
             raise
-        except BaseExceptionGroup as errors:
-            raise first_of(errors) from None
         return self._result()
 
     async def _step(self) -> bool:
@@ -216,39 +210,17 @@ class Drive:
             state.prompt, specs, "required" if by_call else "auto", settings,
             None if specs else agent.schema, self.session,
         )  # fmt: skip
-        try:
-            completion, seconds = await self._listen(agent.model, request)
-        except TransportError as error:
-            completion, seconds = await self._again(agent, request, error)
-        message = _with_unique_ids(completion.message, state)
-        self.partial.clear()
-        await self.record(
-            ev.ModelResponded(
-                agent.model.name, message, completion.usage, completion.finish, seconds
-            )
+
+        async def tell(number: int, error: Exception) -> None:
+            await self.record(ev.Retried("transport", number, str(error)))
+
+        end = await attempts(
+            lambda: self._listen(agent.model, request), _wait, agent.transport_retries, tell
         )
+        self.partial.clear()
+        await self.record(replace(end, message=_with_unique_ids(end.message, state)))
 
-    async def _again(
-        self, agent: Agent, request: Request, failed: TransportError
-    ) -> tuple[Completion, float]:
-        """The turn taken again. Its first attempt, the only one of most turns, did without stamina,
-        whose machinery is a tenth of a turn's CPU time."""
-        async for attempt in stamina.retry_context(
-            on=_wait, attempts=agent.transport_retries + 1, timeout=None,
-            wait_initial=0.1, wait_jitter=0.1, wait_max=10.0,
-        ):  # fmt: skip
-            with attempt:
-                try:
-                    if attempt.num == 1:
-                        raise failed
-                    return await self._listen(agent.model, request)
-                except TransportError as error:
-                    if attempt.num <= agent.transport_retries:
-                        await self.record(ev.Retried("transport", attempt.num, str(error)))
-                    raise
-        raise AssertionError("stamina always attempts once")
-
-    async def _listen(self, model: Model, request: Request) -> tuple[Completion, float]:
+    async def _listen(self, model: Model, request: Request) -> ev.ModelResponded:
         began = time.monotonic()
         self.partial.clear()
         self.early.forget()
@@ -256,7 +228,9 @@ class Drive:
         async with contextlib.aclosing(stream):
             async for item in stream:
                 if isinstance(item, Completion):
-                    return item, time.monotonic() - began
+                    return ev.ModelResponded(
+                        model.name, item.message, item.usage, item.finish, time.monotonic() - began
+                    )
                 if isinstance(item, ev.TextDelta):
                     self.partial.append(item.text)
                 elif isinstance(item, ev.CallDelta):
@@ -290,11 +264,3 @@ def _with_unique_ids(message: Message, state: State) -> Message:
         seen.add(call.id)
         calls.append(call)
     return replace(message, calls=tuple(calls))
-
-
-def first_of(errors: BaseExceptionGroup) -> BaseException:
-    """What went wrong first, out of the groups that task groups wrap it in."""
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -72,7 +72,7 @@ class Early:
         drive = self._drive
         bound = drive.root.limits.tool_calls
         used = drive.state.spent.tool_calls + len(self._begun)
-        if tool.effects != "pure" or tool.serial or tool.takes_context:
+        if tool.effects != "pure" or tool.serial or tool.context:
             return False
         if bound is not None and used >= bound:
             return False

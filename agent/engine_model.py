@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from agent import engine_sessions
 from agent.engine_sessions import CacheMiss, Session, Sessions, Turn
 from agent.engine_thread import EngineThread, Used
-from agent.host_pages import HostPages
 from agent.messages import Message, ToolCall
 from agent.model import (
     CallDelta,
@@ -72,7 +71,8 @@ class EngineModel:
     While a turn's tools run its pages are leased until they usually return: those wanted last go
     first where others need pages. lease: seconds after which that ends; leased: the share of all
     pages that it may take; host: pages in host memory for what does not fit, as a share of all.
-    `salt` may be set at any time: prefixes are shared only under one salt.
+    `salt` may be set at any time: prefixes are shared only under one salt. `total` is what all
+    sessions used together, `host` what is kept in host memory.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class EngineModel:
         self._sessions = Sessions(tokenizer)
         self._accounts: dict[str, Account] = {}
         self._thread = EngineThread(engine, leased, lease, host)
+        self.total, self.host = self._thread.total, self._thread.host
 
     @classmethod
     def load(
@@ -108,23 +109,12 @@ class EngineModel:
         self.close()
 
     def close(self) -> None:
-        """Ends what is under way, and the engine's thread."""
         self._thread.close()
-
-    @property
-    def total(self) -> Used:
-        """What all sessions used together."""
-        return self._thread.total
 
     @property
     def leases(self) -> int:
         """Sessions whose pages are being kept for them."""
-        return self._thread.leases
-
-    @property
-    def host(self) -> HostPages:
-        """What is kept in host memory."""
-        return self._thread.host
+        return len(self._thread.held)
 
     def account(self, session: str) -> Account:
         """What a session used; turns outside any session are all under ""."""
@@ -132,7 +122,7 @@ class EngineModel:
 
     def tokens(self, session: str) -> tuple[int, ...]:
         """The ids of a session up to the end of its last turn. Raises UserError."""
-        known = self._sessions.get(session)
+        known = self._sessions.known.get(session)
         if known is None:
             raise UserError(
                 f"agent: no session {session!r} in this engine; take a turn of it first"
@@ -145,19 +135,18 @@ class EngineModel:
         A lease keeps those until `session` is released or asked again. One that has taken no turn
         holds nothing yet, and neither will `new`.
         """
-        known = self._sessions.get(session)
+        known = self._sessions.known.get(session)
         if known is not None:
             self._sessions.put(new, known)
-            self._thread.hold(session, known.tokens, 0.0, known.salt)
+            self._thread.order(self._thread.hold, session, known.tokens, 0.0, known.salt)
 
     def release(self, session: str) -> None:
         """The session will not be asked again; what it used stays in its account."""
-        self._sessions.drop(session)
+        self._sessions.known.pop(session, None)
         self._returns.forget(session)
-        self._thread.release(session)
+        self._thread.order(self._thread.release, session)
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
-        """See Model."""
         self._returns.comes(request.session)
         turn = self._sessions.turn(request, self._max_len)
         params = replace(turn.ask.params, max_tokens=self._room(turn, request.settings.max_tokens))
@@ -182,7 +171,7 @@ class EngineModel:
                     break
         finally:
             if not over:
-                self._thread.abort(asked.id)
+                self._thread.order(self._thread.abort, asked.id)
         if end.finish_reason not in ("stop", "length"):
             raise UserError(f"{self.name}: {end.error or end.finish_reason}")
         message = parts.message(tuple(drawn))
@@ -223,7 +212,7 @@ class EngineModel:
         account.cached += end.cached_tokens
         account.completion += end.completion_tokens
         tools, said = tuple(request.tools), tuple(request.messages)
-        before, account.miss = self._sessions.get(request.session), None
+        before, account.miss = self._sessions.known.get(request.session), None
         if before is not None:
             now = Session(said, turn.tokens, tools, salt)
             lost, account.miss = engine_sessions.miss(before, now, end.cached_tokens, self._page)
@@ -237,9 +226,9 @@ class EngineModel:
 
     def _wait_for_tools(self, request: Request, known: Session) -> None:
         """Keeps what the session has until its tools return, and reads on as far as is known."""
-        calls, tokens = known.messages[-1].calls, known.tokens
+        calls, tokens, thread = known.messages[-1].calls, known.tokens, self._thread
         expected = self._returns.leaves(request.session, (call.name for call in calls))
-        self._thread.hold(request.session, tokens, expected, known.salt)
+        thread.order(thread.hold, request.session, tokens, expected, known.salt)
         with contextlib.suppress(UserError):  # of the template: the next turn tells it
             ahead = tokens + self._sessions.ahead(request, known, self._max_len)
             if len(ahead) // self._page > len(tokens) // self._page:  # else no page is gained

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from agent.messages import Message
+from agent.messages import Message, same_start
 from agent.model import Request, ToolSpec, openai_body
 from decode.request import Request as EngineRequest
 from decode.server.prompts import Sender, chat
@@ -66,22 +66,14 @@ class Sessions:
         if tokenizer.chat_template is None:
             raise UserError("agent: the model has no chat template; choose one tuned for chats")
         self._tokenizer, self._most = tokenizer, most
-        self._known: OrderedDict[str, Session] = OrderedDict()
-
-    def get(self, session: str) -> Session | None:
-        """What is known of a session."""
-        return self._known.get(session)
+        self.known: OrderedDict[str, Session] = OrderedDict()
 
     def put(self, session: str, known: Session) -> None:
         """Keeps it as the latest; the one used longest ago may go."""
-        self._known[session] = known
-        self._known.move_to_end(session)
-        if len(self._known) > self._most:
-            self._known.popitem(last=False)
-
-    def drop(self, session: str) -> None:
-        """Forgets it."""
-        self._known.pop(session, None)
+        self.known[session] = known
+        self.known.move_to_end(session)
+        if len(self.known) > self._most:
+            self.known.popitem(last=False)
 
     def turn(self, request: Request, max_len: int) -> Turn:
         """The turn that is asked, its prompt as the session's own tokens and what is new.
@@ -89,7 +81,7 @@ class Sessions:
         A session that is not known, as after a crash, is put together from its messages' ids.
         Raises UserError for what the template or the model cannot take.
         """
-        known = self.get(request.session) if request.session else None
+        known = self.known.get(request.session)
         messages = tuple(request.messages)
         turns = [i for i, m in enumerate(messages) if i and m.tokens is not None]
         text, ask, reader = self._render(request, messages, max_len)
@@ -115,7 +107,7 @@ class Sessions:
         text = self._after(request, messages, len(known.messages) - 1, max_len).partition(mark)[0]
         # A result's first letters may become one token with what stands before them.
         one, other = (self._new(known.tokens, text + result) for result in ("0", "Z"))
-        return tuple(one[: _common(one, other)])
+        return tuple(one[: same_start(one, other)])
 
     def _new(self, before: Sequence[int], text: str) -> list[int]:
         """What `text` adds to the tokens before it: not the end of a turn that ended itself."""
@@ -174,7 +166,7 @@ def miss(before: Session, now: Session, cached: int, page: int) -> tuple[int, Ca
     before, now: the session after its last turn and with this one's prompt. cached: tokens of the
     prompt that the engine found. The last token of a turn was never computed, so is no miss.
     """
-    same = _common(before.tokens, now.tokens)
+    same = same_start(before.tokens, now.tokens)
     computed = min(len(before.tokens), len(now.tokens)) - 1
     lost = max(0, min(computed, same) // page * page - cached)
     if before.salt != now.salt:
@@ -196,8 +188,3 @@ def _goes_on(known: Session, request: Request) -> bool:
 def _same(mine: Message, theirs: Message) -> bool:
     """Whether it is one message; the loop names calls that the model left without a name."""
     return mine == theirs or (mine.tokens is not None and mine.tokens == theirs.tokens)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

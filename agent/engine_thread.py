@@ -12,6 +12,7 @@ cache holds are nobody's. Cost: a step looks once at each page that a running re
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import queue
 import threading
@@ -76,7 +77,6 @@ class EngineThread:
         self, engine: Engine, leased: float = 0.5, lease: float = 60.0, host: float = 1.0
     ) -> None:
         self.total = Used()
-        self.leases = 0  # that stand
         self.host = HostPages(engine, int(host * engine.config.pages))
         self._engine = engine
         self._room, self._longest = int(leased * engine.config.pages), lease
@@ -84,9 +84,9 @@ class EngineThread:
         engine.scheduler.policy = self._meter
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._asked: dict[str, _Asked] = {}  # by request
-        self._held: dict[str, _Held] = {}  # by key
+        self.held: dict[str, _Held] = {}  # by key
         self._last: list[tuple[Used, int, list[int]]] = []
-        self._closed, self._why, self._over = False, "", False
+        self._closed, self._why, self._over = False, "it was closed", False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -101,35 +101,18 @@ class EngineThread:
         """
         wanted = None if reads is None else time.monotonic() + reads
         asked = _Asked(request, hear, asyncio.get_running_loop(), used, key, wanted)
-        self._order(lambda: self._add(asked))
+        self.order(self._add, asked)
 
-    def abort(self, id: str) -> None:
-        """Ends a request; its pages are free before the next step."""
-        self._order(lambda: self._abort(id))
-
-    def hold(self, key: str, tokens: tuple[int, ...], seconds: float, salt: str) -> None:
-        """Leases the cached prefix of `tokens` under `key`, as it is wanted in so many seconds.
-
-        Where leases take too much, the one that is wanted last goes into host memory; so does one
-        that ends. What is wanted in more than _LATE leases' time is dropped at once."""
-        self._order(lambda: self._hold(key, tokens, seconds, salt))
-
-    def release(self, key: str) -> None:
-        """Ends the lease under `key`, if there is one; host memory forgets it, too."""
-        self._order(lambda: self._forget(key))
-
-    def close(self) -> None:
-        """Ends what is under way, and the thread."""
-        self._order(self._close)
-        self._thread.join()
-
-    def _close(self) -> None:
-        self._closed = True
-
-    def _order(self, order: Callable[[], None]) -> None:
-        self._orders.put(order)
+    def order(self, do: Callable[..., None], *given: Any) -> None:
+        """Has the engine's thread call `do`, such as `abort`, `hold` or `release`, between two
+        steps, in the order of asking."""
+        self._orders.put(functools.partial(do, *given))
         if self._over:
             self._obey()
+
+    def close(self) -> None:
+        self.order(setattr, self, "_closed", True)
+        self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -137,7 +120,6 @@ class EngineThread:
                 self._obey()
                 if self._engine.has_work():
                     self._step()
-            self._why = "it was closed"
         except BaseException as error:
             self._why = f"{type(error).__name__}: {error}"
             _log.exception("the engine died")
@@ -145,13 +127,13 @@ class EngineThread:
             self._tell([(id, self._gone()) for id in self._asked])
             self._asked.clear()
             self._engine.close()
-            self._held, self._over = {}, True
+            self.held, self._over = {}, True
             self._obey()
 
     def _obey(self) -> None:
         """Carries out what was ordered; without work waits for an order, or a lease's end."""
         idle = not (self._closed or self._over or self._engine.has_work())
-        ends = min((held.until for held in self._held.values()), default=None)
+        ends = min((held.until for held in self.held.values()), default=None)
         wait = None if ends is None else max(0.0, ends - time.monotonic())
         try:
             while True:
@@ -160,7 +142,7 @@ class EngineThread:
         except queue.Empty:
             pass
         now = time.monotonic()
-        for key in [key for key, held in self._held.items() if held.until <= now]:
+        for key in [key for key, held in self.held.items() if held.until <= now]:
             self._put_away(key)
 
     def _gone(self) -> UserError:
@@ -171,7 +153,7 @@ class EngineThread:
         for id, other in list(self._asked.items()):
             if other.key == asked.key and other.wanted is not None:
                 self._tell([(id, UserError("its session goes on"))])
-                self._abort(id)
+                self.abort(id)
         self._asked[request.id] = asked
         try:
             if self._over:
@@ -182,14 +164,19 @@ class EngineThread:
             self._tell([(request.id, error)])
             self._asked.pop(request.id, None)
 
-    def _abort(self, id: str) -> None:
+    def abort(self, id: str) -> None:
+        """Ends a request; its pages are free before the next step."""
         asked = self._asked.pop(id, None)
         if asked is not None and not self._over:
             self._engine.abort(id)
             if asked.wanted is None:
                 self._give_up(asked.key)
 
-    def _hold(self, key: str, tokens: tuple[int, ...], seconds: float, salt: str) -> None:
+    def hold(self, key: str, tokens: tuple[int, ...], seconds: float, salt: str) -> None:
+        """Leases the cached prefix of `tokens` under `key`, as it is wanted in so many seconds.
+
+        Where leases take too much, the one that is wanted last goes into host memory; so does one
+        that ends. What is wanted in more than _LATE leases' time is dropped at once."""
         if self._over:
             return
         self.host.bring_back(key)
@@ -197,30 +184,29 @@ class EngineThread:
         lease, now = self._engine.lease(tokens, seconds, salt), time.monotonic()
         if lease is None:
             return
-        self._held[key] = _Held(lease, tokens, salt, now + seconds, now + self._longest)
-        self.leases = len(self._held)
+        self.held[key] = _Held(lease, tokens, salt, now + seconds, now + self._longest)
         if seconds > self._longest:
             self._put_away(key)
         size = self._engine.config.page_size
-        while sum(len(held.tokens) // size for held in self._held.values()) > self._room:
-            self._put_away(max(self._held, key=lambda key: self._held[key].wanted))
+        while sum(len(held.tokens) // size for held in self.held.values()) > self._room:
+            self._put_away(max(self.held, key=lambda key: self.held[key].wanted))
 
     def _put_away(self, key: str) -> None:
         """From the device into host memory, or nowhere."""
-        held = self._held[key]
+        held = self.held[key]
         if held.wanted - time.monotonic() <= _LATE * self._longest:
             self.host.keep(key, held.tokens, held.salt, held.wanted)
         self._give_up(key)
 
-    def _forget(self, key: str) -> None:
+    def release(self, key: str) -> None:
+        """Ends the lease under `key`, if there is one; host memory forgets it, too."""
         self._give_up(key)
         self.host.drop(key)
 
     def _give_up(self, key: str) -> None:
-        held = self._held.pop(key, None)
+        held = self.held.pop(key, None)
         if held is not None:
             self._engine.give_up(held.lease)
-            self.leases = len(self._held)
 
     def _step(self) -> None:
         scheduler = self._engine.scheduler
@@ -237,7 +223,7 @@ class EngineThread:
                 self._give_up(asked.key)
             elif output.finish_reason is not None:
                 soon, salt = asked.wanted - time.monotonic(), asked.request.cache_salt
-                self._hold(asked.key, asked.request.prompt, max(0.0, soon), salt)
+                self.hold(asked.key, asked.request.prompt, max(0.0, soon), salt)
         self._tell([(output.request_id, output) for output in outputs])
         for output in outputs:
             if output.finish_reason is not None:
@@ -265,7 +251,7 @@ class EngineThread:
                 loop.call_soon_threadsafe(_deliver, told)
             except RuntimeError:  # it was closed, and whoever asked has gone with it
                 for id, *_ in told:
-                    self._orders.put(lambda id=id: self._abort(id))
+                    self._orders.put(functools.partial(self.abort, id))
 
 
 def _deliver(told: list[tuple[str, Hear, Output | Exception]]) -> None:

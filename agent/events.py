@@ -212,7 +212,6 @@ class Recorded:
 
 
 def dump(event: Kept) -> str:
-    """The event as one line of JSON."""
     return _KEPT.dump_json(event).decode()
 
 

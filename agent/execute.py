@@ -16,18 +16,18 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
-import stamina
 
 from agent.events import Kept, Passing, Retried, ToolFinished, ToolProgress
 from agent.messages import ToolCall
 from agent.processes import run_process
+from agent.retry import attempts
 from agent.tools import ArgumentError, Context, Tool, ToolFailed, stream_of
 
 Emit = Callable[[Kept | Passing], Awaitable[None]]
 
 PARALLEL = 8  # calls of one turn that run at the same time
 LARGEST = 10_000_000  # characters of a result that are looked at; the rest is not even copied
-_WORKER = "from agent.worker import main; main()"
+_WORKER = "import sys; sys.path[:] = {!r}; from agent.worker import main; main()"
 # Escape sequences, and controls other than tab and newline: a terminal would obey them.
 _CONTROLS = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[P\]X^_].*?(?:\x1b\\|\x07|$)|\x1b.|[\x00-\x08\x0b-\x1f\x7f-\x9f]",
@@ -64,23 +64,17 @@ async def execute(tool: Tool, call: ToolCall, context: Context, emit: Emit) -> T
         arguments = tool.parse(call.arguments)
     except ArgumentError as error:
         return finish(f"error: {error}", "arguments")
-    if tool.takes_context:
-        arguments = {tool.first_parameter: context, **arguments}
+    if tool.context:
+        arguments = {tool.context: context, **arguments}
+
+    async def tell(number: int, error: Exception) -> None:
+        await emit(Retried("tool", number, f"{tool.name}: {_sentence(error)}"))
+
     try:
-        if not tool.retries:
-            return finish(await _once(tool, call, arguments, emit))
-        async for attempt in stamina.retry_context(
-            on=tool.retry_on, attempts=tool.retries + 1, timeout=None,
-            wait_initial=0.05, wait_jitter=0.05,
-        ):  # fmt: skip
-            with attempt:
-                try:
-                    return finish(await _once(tool, call, arguments, emit))
-                except tool.retry_on as error:
-                    if attempt.num <= tool.retries:
-                        reason = f"{tool.name}: {_sentence(error)}"
-                        await emit(Retried("tool", attempt.num, reason))
-                    raise
+        return finish(await attempts(
+            lambda: _once(tool, call, arguments, emit),
+            lambda error: isinstance(error, tool.retry_on), tool.retries, tell,
+        ))  # fmt: skip
     except ToolFailed as error:
         return finish(f"error: {error}", "failed")
     except _TimedOut:
@@ -89,7 +83,6 @@ async def execute(tool: Tool, call: ToolCall, context: Context, emit: Emit) -> T
         )
     except Exception as error:
         return finish(f"error: {_sentence(error)}", "exception")
-    raise AssertionError("stamina always attempts once")
 
 
 class _TimedOut(Exception):
@@ -114,11 +107,11 @@ async def _once(tool: Tool, call: ToolCall, arguments: dict[str, Any], emit: Emi
 
 async def _in_process(tool: Tool, call: ToolCall) -> str:
     work = {
-        "module": tool.function.__module__, "qualname": tool.function.__qualname__,
-        "arguments": call.arguments, "path": sys.path, "parent": os.getpid(),
+        "function": f"{tool.function.__module__}:{tool.function.__qualname__}",
+        "arguments": call.arguments, "parent": os.getpid(),
     }  # fmt: skip
     ended = await run_process(
-        [sys.executable, "-c", _PATH.format(sys.path) + _WORKER],
+        [sys.executable, "-c", _WORKER.format(sys.path)],
         stdin=json.dumps(work).encode(), seconds=tool.timeout, max_output=LARGEST * 4,
     )  # fmt: skip
     if ended.ended_by == "time":
@@ -137,9 +130,6 @@ async def _in_process(tool: Tool, call: ToolCall) -> str:
     kind = next((e for e in tool.retry_on if e.__name__ == answer["error"]), None)
     message = f"{answer['error']}: {answer['message']}"
     raise kind(message) if kind else ToolFailed(message)
-
-
-_PATH = "import sys; sys.path[:] = {!r}; "
 
 
 def _sentence(error: BaseException) -> str:

@@ -81,6 +81,5 @@ class HostPages:
         pool.release([*have, *new])
 
     def drop(self, key: str) -> None:
-        """Forgets a prefix."""
         stored = self._stored.pop(key, None)
         self.pages -= stored.count if stored else 0

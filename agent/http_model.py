@@ -45,7 +45,6 @@ class HTTPModel:
     price: Price = field(default_factory=Price)
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
-        """See Model."""
         import openai
 
         client = openai.AsyncOpenAI(

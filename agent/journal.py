@@ -58,7 +58,6 @@ class MemoryStore:
         self._journal: dict[str, list[Recorded]] = {}
 
     async def append(self, session: str, after: int, events: Sequence[Kept]) -> list[Recorded]:
-        """See Store."""
         journal = self._journal.get(session, [])
         if len(journal) != after:
             raise Conflict(f"session {session}: it has {len(journal)} events, not {after}")
@@ -69,18 +68,15 @@ class MemoryStore:
         return recorded
 
     async def read(self, session: str, after: int = 0, until: int | None = None) -> list[Recorded]:
-        """See Store."""
         return self._journal.get(session, [])[after:until]
 
     async def sessions(self) -> list[SessionInfo]:
-        """See Store."""
         return sorted(
             (SessionInfo(s, len(j), j[0].time, j[-1].time) for s, j in self._journal.items()),
             key=lambda info: (-info.last, info.session),
         )
 
     async def delete(self, session: str) -> None:
-        """See Store."""
         self._journal.pop(session, None)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import anyio
 
-from agent.drive import Drive, Result, first_of
+from agent.drive import Drive, Result
 from agent.events import Event
+from agent.gather import unwrapped
 from agent.journal import Store
 from agent.messages import Message
 from agent.redact import Redactor
@@ -92,11 +93,9 @@ async def run_stream(
             else:
                 stream.result = await drive.begin(task, ())
 
-    try:
+    with unwrapped():
         async with anyio.create_task_group() as group, receive:
             group.start_soon(work)
             yield stream
             if stream.result is None:
                 group.cancel_scope.cancel()
-    except ExceptionGroup as errors:
-        raise first_of(errors) from None

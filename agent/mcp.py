@@ -18,12 +18,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from agent.drive import first_of
 from agent.execute import clean, execute
+from agent.gather import unwrapped
 from agent.messages import ToolCall
 from agent.policy import Policy, decide
 from agent.redact import Redactor
-from agent.tools import ANY_ARGUMENTS, ArgumentError, Context, Tool, ToolFailed
+from agent.tools import ANY_ARGUMENTS, ArgumentError, Context, Tool, ToolFailed, ignore, without
 from jaxinfra.errors import UserError
 
 _LONGEST = 4000  # characters of a description that a model reads
@@ -40,7 +40,7 @@ class _Imported(Tool):
         from referencing.exceptions import Unresolvable
 
         values = super().parse(text)
-        schema = _without_patterns(self.schema)
+        schema = without(self.schema, "pattern", "patternProperties")
         validator = validators.validator_for(schema)(schema, registry=Registry())
         try:
             wrong = exceptions.best_match(validator.iter_errors(values))
@@ -52,17 +52,6 @@ class _Imported(Tool):
             where = ".".join(map(str, wrong.absolute_path)) or "value"
             raise ArgumentError(f"arguments of {self.name}: {where}: {wrong.message}")
         return values
-
-
-def _without_patterns(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_without_patterns(item) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    return {
-        key: _without_patterns(value) for key, value in schema.items()
-        if not (key == "pattern" and isinstance(value, str)) and key != "patternProperties"
-    }  # fmt: skip
 
 
 @contextlib.asynccontextmanager
@@ -79,7 +68,7 @@ async def mcp_tools(
     """
     from mcp import Client, MCPError
 
-    try:
+    with unwrapped():  # the SDK's task groups wrap what is raised in the block, too
         async with contextlib.AsyncExitStack() as stack:
             try:
                 client = await stack.enter_async_context(Client(server))
@@ -96,8 +85,6 @@ async def mcp_tools(
                         f"read its description, then pin {fingerprint(tool)}"
                     )
             yield made
-    except ExceptionGroup as errors:  # the SDK's task groups wrap what is raised in the block, too
-        raise first_of(errors) from None
 
 
 async def _listed(client: Any) -> list[Any]:
@@ -212,8 +199,5 @@ class MCPServer:
             if decision.action != "allow":
                 return f"not allowed: {decision.reason}", True
 
-        async def emit(event: Any) -> None:
-            pass
-
-        ended = await execute(tool, ToolCall("", name, arguments), Context(self._deps), emit)
+        ended = await execute(tool, ToolCall("", name, arguments), Context(self._deps), ignore)
         return ended.content, ended.error is not None

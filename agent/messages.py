@@ -7,6 +7,7 @@ text twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,12 +35,16 @@ class Message:
 
 
 def user(text: str) -> Message:
-    """What the user says."""
     return Message("user", text)
 
 
+def same_start(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many entries, messages or tokens, both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def to_openai(message: Message) -> dict[str, Any]:
-    """The message in the form of OpenAI's chat completions."""
     entry: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.calls:
         entry["tool_calls"] = [

@@ -31,7 +31,6 @@ class Rule:
     where: Mapping[str, str] = field(default_factory=dict)
 
     def matches(self, tool: Tool, arguments: Mapping[str, Any]) -> bool:
-        """Whether this rule speaks about the call."""
         return fnmatch.fnmatchcase(tool.name, self.tool) and all(
             name in arguments and _matches(as_text(arguments[name]), pattern)
             for name, pattern in self.where.items()

@@ -1,4 +1,4 @@
-"""What a journal tells: where the time went, what it cost, how it was at any earlier point.
+"""What a journal tells: where the time went, what it cost.
 
 All of it is computed from events when it is asked for; `agent.state.fold` gives the conversation.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from agent import events as ev
-from agent.state import State, fold
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,6 @@ class Span:
     end: float
     seq: int = 0
     attributes: dict[str, Any] = field(default_factory=dict)
-
-
-def state_at(events: Sequence[ev.Recorded], seq: int) -> State:
-    """The session as it was after its event number `seq`."""
-    return fold(recorded for recorded in events if recorded.seq <= seq)
 
 
 def spans(events: Sequence[ev.Recorded]) -> list[Span]:

@@ -47,7 +47,6 @@ class ReActModel:
 
     @property
     def name(self) -> str:
-        """That of the model behind."""
         return self.inner.name
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:

@@ -27,7 +27,6 @@ class Returns:
         return math.exp(usual)
 
     def comes(self, session: str) -> None:
-        """The next turn is there."""
         since, tool = self._away.pop(session, (0.0, None))
         if tool is not None:
             took = math.log(max(time.monotonic() - since, 1e-3))
@@ -35,5 +34,4 @@ class Returns:
             self._usual[tool] = usual + _WEIGHT * (took - usual)
 
     def forget(self, session: str) -> None:
-        """It will not come."""
         self._away.pop(session, None)

@@ -43,7 +43,6 @@ class ScriptedModel:
         self.requests: list[Request] = []
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
-        """See Model."""
         self.requests.append(request)
         turn = self._turn(request)
         if isinstance(turn, Exception):

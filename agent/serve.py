@@ -13,22 +13,21 @@ A user's sessions have the user's name before theirs in the journal, so nobody c
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hmac
-import json
 import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import anyio
 from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
+from pydantic_core import to_json
 
-from agent.events import Event
-from agent.journal import Conflict, Store
-from agent.loop import Stream, run_stream
+from agent.journal import Conflict, SessionInfo, Store
+from agent.loop import run_stream
 from agent.messages import to_openai
 from agent.spec import Agent
 from agent.state import fold
@@ -72,9 +71,7 @@ def app(agent: Agent, store: Store, keys: Mapping[str, str] | None = None) -> Fa
         return f"{user}|{session}"
 
     @made.exception_handler(UserError)
-    async def told(request: Request, error: UserError) -> Any:
-        from fastapi.responses import JSONResponse
-
+    async def told(request: Request, error: UserError) -> JSONResponse:
         status = 404 if "no session" in str(error) else 409
         return JSONResponse({"error": str(error)}, status)
 
@@ -85,8 +82,7 @@ def app(agent: Agent, store: Store, keys: Mapping[str, str] | None = None) -> Fa
         state = fold(await store.read(name))
         if state.runs and state.finished is None:
             raise HTTPException(409, "the session has an unfinished run; resume it")
-        events = run_stream(agent, body.task, store=store, session=name)
-        return _streamed(session, events)
+        return _streamed(session, run_stream(agent, body.task, store=store, session=name))
 
     @made.post("/v1/sessions/{session}/resume")
     async def go_on(session: str, body: Resume, user: str = Depends(user)) -> StreamingResponse:
@@ -97,11 +93,9 @@ def app(agent: Agent, store: Store, keys: Mapping[str, str] | None = None) -> Fa
         return _streamed(session, events)
 
     @made.get("/v1/sessions")
-    async def sessions(user: str = Depends(user)) -> list[dict[str, Any]]:
-        return [
-            {**dataclasses.asdict(info), "session": info.session.partition("|")[2]}
-            for info in await store.sessions() if info.session.startswith(f"{user}|")
-        ]  # fmt: skip
+    async def sessions(user: str = Depends(user)) -> list[SessionInfo]:
+        mine = [info for info in await store.sessions() if info.session.startswith(f"{user}|")]
+        return [replace(info, session=info.session.partition("|")[2]) for info in mine]
 
     @made.get("/v1/sessions/{session}")
     async def one(session: str, user: str = Depends(user)) -> dict[str, Any]:
@@ -112,9 +106,8 @@ def app(agent: Agent, store: Store, keys: Mapping[str, str] | None = None) -> Fa
         return {
             "session": session, "agent": state.agent,
             "messages": [to_openai(message) for message in state.messages],
-            "waiting": [dataclasses.asdict(request) for request in state.waiting],
-            "finished": dataclasses.asdict(state.finished) if state.finished else None,
-            "tainted_by": state.tainted_by, "spent": dataclasses.asdict(state.spent),
+            "waiting": state.waiting, "finished": state.finished,
+            "tainted_by": state.tainted_by, "spent": state.spent,
         }  # fmt: skip
 
     @made.get("/v1/sessions/{session}/trace")
@@ -133,16 +126,20 @@ def app(agent: Agent, store: Store, keys: Mapping[str, str] | None = None) -> Fa
 
 
 def _streamed(session: str, run: Any) -> StreamingResponse:
-    async def lines() -> AsyncIterator[str]:
+    async def lines() -> AsyncIterator[bytes]:
         yield _line({"type": "session", "session": session})
         try:
             async with run as stream:
                 async for event in stream:
-                    yield _line(_shown(event))
+                    yield _line(event)
         except (UserError, Conflict) as error:
             yield _line({"type": "error", "error": str(error)})
         else:
-            yield _line(_result(stream))
+            result, end = stream.result, stream.result.state.finished
+            yield _line({
+                "type": "result", "reason": result.reason, "output": end and end.output,
+                "detail": result.detail, "waiting": result.approvals,
+            })  # fmt: skip
 
     return _Events(lines(), media_type="text/event-stream")
 
@@ -165,22 +162,6 @@ class _Events(StreamingResponse):
                 group.cancel_scope.cancel()
 
 
-def _shown(event: Event) -> dict[str, Any]:
-    made = dataclasses.asdict(event)
-    if "message" in made:
-        made["message"]["tokens"] = None  # ids are the server's own business
-    return made
-
-
-def _result(stream: Stream) -> dict[str, Any]:
-    result = stream.result
-    assert result is not None
-    waiting = [dataclasses.asdict(request) for request in result.approvals]
-    return {
-        "type": "result", "reason": result.reason, "output": result.state.finished.output
-        if result.state.finished else None, "detail": result.detail, "waiting": waiting,
-    }  # fmt: skip
-
-
-def _line(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+def _line(value: Any) -> bytes:
+    without = {"message": {"tokens"}}  # ids are the server's own business
+    return b"data: " + to_json(value, exclude=without) + b"\n\n"

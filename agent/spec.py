@@ -79,7 +79,6 @@ class Agent:
 
 
 def transfer_name(agent: Agent) -> str:
-    """The tool that hands over to `agent`."""
     return f"transfer_to_{agent.name}"
 
 

@@ -15,7 +15,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -36,9 +36,8 @@ class _Append:
     after: int
     events: Sequence[Kept]
     lines: Sequence[str]
-    recorded: list[Recorded] = field(default_factory=list)
+    recorded: list[Recorded] | None = None
     error: BaseException | None = None
-    done: bool = False
 
 
 class SQLStore(ABC):
@@ -70,55 +69,50 @@ class SQLStore(ABC):
         """What is to be done after a deletion has been committed."""
 
     def close(self) -> None:
-        """Closes the connection."""
         with self._alone:
             self._db.close()
 
     async def append(self, session: str, after: int, events: Sequence[Kept]) -> list[Recorded]:
-        """See Store."""
         item = _Append(session, after, events, [dump(event) for event in events])
         self._waiting.append(item)
         with anyio.CancelScope(shield=True):
             async with self._turn:
-                if not item.done:  # else whoever had the turn before has committed this too
+                if (
+                    item.recorded is None and item.error is None
+                ):  # else whoever had the turn before has committed this too
                     batch, self._waiting = self._waiting, []
                     await anyio.to_thread.run_sync(self._commit, batch)
-        if item.error is not None:
-            raise item.error
+        if item.recorded is None:
+            raise item.error or AssertionError("it was committed")
         return item.recorded
 
     async def read(self, session: str, after: int = 0, until: int | None = None) -> list[Recorded]:
-        """See Store."""
-        query = self._query(
+        query = (
             "SELECT seq, time, line, checksum FROM event "
             "WHERE session = ? AND seq > ? AND seq <= ? ORDER BY seq"
         )
         last = 2**62 if until is None else until
-        rows = await self._in_thread(
-            lambda db: db.execute(query, (session, after, last)).fetchall()
-        )
+        rows = await self._in_thread(lambda db: self._rows(db, query, session, after, last))
         return [self._checked(session, n, row) for n, row in enumerate(rows, after + 1)]
 
     async def sessions(self) -> list[SessionInfo]:
-        """See Store."""
         query = "SELECT session, count(*), min(time), max(time) FROM event GROUP BY session"
-        rows = await self._in_thread(lambda db: db.execute(query).fetchall())
+        rows = await self._in_thread(lambda db: self._rows(db, query))
         found = [SessionInfo(*row) for row in rows]
         return sorted(found, key=lambda info: (-info.last, info.session))
 
     async def delete(self, session: str) -> None:
-        """See Store."""
 
         def erase(db: Any) -> None:
             with self._transaction(db):
                 self._hold(db, [session])
-                db.execute(self._query("DELETE FROM event WHERE session = ?"), (session,))
+                db.execute(f"DELETE FROM event WHERE session = {self.place}", (session,))
             self._erased(db)
 
         await self._in_thread(erase)
 
-    def _query(self, query: str) -> str:
-        return query.replace("?", self.place)
+    def _rows(self, db: Any, query: str, *values: Any) -> list[Any]:
+        return db.execute(query.replace("?", self.place), values).fetchall()
 
     async def _in_thread(self, ask: Callable[[Any], T]) -> T:
         def locked() -> T:
@@ -160,24 +154,20 @@ class SQLStore(ABC):
                         self._insert(db, item)
         except BaseException as error:
             for item in batch:
-                item.error = item.error or error
-        for item in batch:
-            item.done = True
+                item.recorded, item.error = None, item.error or error
 
     def _insert(self, db: Any, item: _Append) -> None:
-        query = self._query("SELECT coalesce(max(seq), 0) FROM event WHERE session = ?")
-        last = db.execute(query, (item.session,)).fetchone()[0]
+        query = "SELECT coalesce(max(seq), 0) FROM event WHERE session = ?"
+        ((last,),) = self._rows(db, query, item.session)
         if last != item.after:
             item.error = Conflict(f"session {item.session}: it has {last} events, not {item.after}")
             return
         now = time.time()
-        rows = [
+        insert = "INSERT INTO event VALUES (?, ?, ?, ?, ?)".replace("?", self.place)
+        db.cursor().executemany(insert, [
             (item.session, item.after + i, now, line, zlib.crc32(line.encode()))
             for i, line in enumerate(item.lines, 1)
-        ]
-        if rows:
-            insert = self._query("INSERT INTO event VALUES (?, ?, ?, ?, ?)")
-            db.cursor().executemany(insert, rows)
+        ])  # fmt: skip
         item.recorded = [
             Recorded(item.after + i, now, event) for i, event in enumerate(item.events, 1)
         ]

@@ -72,7 +72,6 @@ class State:
 
 
 def evolve(state: State, recorded: ev.Recorded) -> State:
-    """The state after one more event."""
     event, spent = recorded.event, state.spent
     unwatched = isinstance(event, ev.Resumed | ev.RunStarted | ev.ApprovalDecided | ev.Forked)
     if state.time and not unwatched and recorded.time > state.time:
@@ -146,7 +145,6 @@ def _finish_call(state: State, event: ev.ToolFinished) -> dict[str, Any]:
 
 
 def fold(events: Iterable[ev.Recorded], state: State | None = None) -> State:
-    """The state after all of `events`."""
     state = state or State()
     for recorded in events:
         state = evolve(state, recorded)

@@ -16,9 +16,9 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
-from agent.drive import first_of
 from agent.events import ModelResponded, ToolFinished
 from agent.execute import clean
+from agent.gather import unwrapped
 from agent.http_model import HTTPModel
 from agent.journal import Store
 from agent.limits import Limits
@@ -91,20 +91,21 @@ def converse(who: commands.Who, session: str | None, tasks: list[str] | None) ->
     not end well."""
     console = Console(highlight=False)
     name = session or uuid.uuid4().hex[:12]
-    store = open_store(who.journal)
 
     async def main() -> bool:
         async with open_agent(who) as agent:
-            good = await _settle(console, agent, store, name)
+            state, good = fold(await store.read(name)), True
+            if state.runs and state.finished is None:  # unfinished, or waiting for approval
+                good = await _show(console, agent, store, name, None)
             for task in tasks if tasks is not None else _lines(console):
                 good = await _show(console, agent, store, name, task)
         return good
 
-    try:
-        good = anyio.run(main)
-    finally:
-        store.close()
-        console.print(f"[dim]session {name}; jaxinfra agent trace {name} shows it[/dim]")
+    with contextlib.closing(open_store(who.journal)) as store:
+        try:
+            good = anyio.run(main)
+        finally:
+            console.print(f"[dim]session {name}; jaxinfra agent trace {name} shows it[/dim]")
     if not good:
         sys.exit(1)
 
@@ -119,32 +120,21 @@ def _lines(console: Console):
             yield line
 
 
-async def _settle(console: Console, agent: Agent, store: Store, session: str) -> bool:
-    """Goes on with what the session left: an unfinished run, or calls that wait for approval."""
-    state = fold(await store.read(session))
-    if state.runs and state.finished is None:
-        return await _show(console, agent, store, session, None)
-    return True
-
-
 async def _show(
     console: Console, agent: Agent, store: Store, session: str, task: str | None
 ) -> bool:
     """One run, streamed, with its questions to the user; whether it ended well."""
     decisions: dict[str, bool | str] = {}
     while True:
-        options: dict[str, Any] = {} if task is not None else {"decisions": decisions}
         events = None
-        try:
+        with unwrapped():
             async with anyio.create_task_group() as group:
                 group.start_soon(_stop_on_interrupt, group.cancel_scope)
-                run = run_stream(agent, task, store=store, session=session, **options)
+                run = run_stream(agent, task, store=store, session=session, decisions=decisions)
                 async with run as events:
                     async for event in events:
                         _print(console, event)
                 group.cancel_scope.cancel()
-        except ExceptionGroup as errors:
-            raise first_of(errors) from None
         if events is None or events.result is None:
             console.print("\n[yellow]stopped[/yellow]")
             return False
@@ -206,7 +196,6 @@ def _conclude(console: Console, result: Result) -> None:
 
 def list_sessions(journal: str) -> None:
     """Prints a table of the journal's sessions."""
-    store = open_store(journal, existing=True)
 
     async def main() -> Table:
         table = Table("session", "last", "events", "agent", "stands", "asked")
@@ -221,8 +210,8 @@ def list_sessions(journal: str) -> None:
             table.add_row(*(clean(cell, 80).replace("[", "\\[") for cell in row))
         return table
 
-    Console().print(anyio.run(main))
-    store.close()
+    with contextlib.closing(open_store(journal, existing=True)) as store:
+        Console().print(anyio.run(main))
 
 
 def serve(command: commands.Serve, keys: dict[str, str]) -> None:
@@ -231,7 +220,6 @@ def serve(command: commands.Serve, keys: dict[str, str]) -> None:
 
     from agent.serve import app
 
-    store = open_store(command.who.journal)
     # The thread that flushes the journal takes turns with this one: the default of 5 ms is long.
     sys.setswitchinterval(0.0005)
 
@@ -241,5 +229,5 @@ def serve(command: commands.Serve, keys: dict[str, str]) -> None:
                                     log_level="info")  # fmt: skip
             await uvicorn.Server(config).serve()
 
-    anyio.run(main)
-    store.close()
+    with contextlib.closing(open_store(command.who.journal)) as store:
+        anyio.run(main)

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import enum
 import functools
-import importlib
 import inspect
-import json
+import pkgutil
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints, overload
@@ -33,6 +32,10 @@ from jaxinfra.errors import UserError
 ANY_ARGUMENTS = create_model("any", __config__=ConfigDict(extra="allow"))  # a schema says which
 Effects = Literal["pure", "idempotent", "write"]
 Approval = bool | Callable[[dict[str, Any]], bool]
+
+
+async def ignore(told: object) -> None:
+    """Listens to nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Context:
     call_id: str = ""
     key: str = ""
     tainted_by: tuple[str, ...] = ()
-    report: Callable[[str], Awaitable[None]] = field(default=lambda text: _nothing(), repr=False)
+    report: Callable[[str], Awaitable[None]] = field(default=ignore, repr=False)
     taints: list[str] = field(default_factory=list, repr=False)
 
     def taint(self, source: str) -> None:
@@ -59,15 +62,12 @@ class Context:
         self.taints.append(source)
 
 
-async def _nothing() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Tool:
     """A function with what the loop must know about it.
 
     Args:
+      context: the parameter, its first, that is given the call's context.
       effects: "pure" may be called at will; "idempotent" may be called again with the same key;
         "write" is called at most once, alone, and never again when a crash left its end in doubt.
       approval: whether a person must agree, or a function of the arguments that says so.
@@ -86,7 +86,7 @@ class Tool:
     description: str
     function: Callable[..., Any]
     arguments: type[BaseModel]
-    takes_context: bool = False
+    context: str | None = None
     effects: Effects = "write"
     approval: Approval = False
     network: bool = False
@@ -102,7 +102,9 @@ class Tool:
     @functools.cached_property
     def spec(self) -> ToolSpec:
         """What the model is told."""
-        schema = self.schema or _without_titles(self.arguments.model_json_schema())
+        schema = self.schema or without(
+            self.arguments.model_json_schema(), "title"
+        )  # repeats the name
         return ToolSpec(self.name, self.description, schema)
 
     @property
@@ -124,26 +126,13 @@ class Tool:
         """Whether a call is a process that can be killed."""
         return self.timeout is not None and self.kind in ("generator", "sync")
 
-    @functools.cached_property
-    def first_parameter(self) -> str:
-        """The name under which a function that takes the context is given it."""
-        return next(iter(inspect.signature(self.function).parameters))
-
     def parse(self, text: str) -> dict[str, Any]:
         """The arguments as Python values; raises ArgumentError, which is written for the model."""
         try:
-            values = json.loads(text or "{}")
-        except (ValueError, RecursionError) as error:
-            raise ArgumentError(f"arguments of {self.name} are not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ArgumentError(f"arguments of {self.name} must be a JSON object")
-        try:
-            model = self.arguments.model_validate(values)
-        except ValidationError as error:
-            raise ArgumentError(f"arguments of {self.name}: {faults(error)}") from None
-        if self.arguments.model_config.get("extra") == "allow":
-            return values
-        return {name: getattr(model, name) for name in type(model).model_fields}
+            return dict(self.arguments.model_validate_json(text or "{}"))
+        except (ValidationError, UnicodeError) as error:
+            told = faults(error) if isinstance(error, ValidationError) else str(error)
+            raise ArgumentError(f"arguments of {self.name}: {told}") from None
 
 
 class ArgumentError(ValueError):
@@ -170,23 +159,19 @@ def tool(
         raise UserError(f"tool {name!r}: give a name of letters, digits and _, at most 64")
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     described = {p.arg_name: p.description or "" for p in doc.params}
-    arguments, takes_context = _arguments(function, name, described)
+    arguments, context = _arguments(function, name, described)
     description = "\n".join(filter(None, (doc.short_description, doc.long_description)))
-    made = Tool(name, description, function, arguments, takes_context, **options)
+    made = Tool(name, description, function, arguments, context, **options)
     if made.retries and made.effects == "write":
         raise UserError(f"tool {name}: it writes, so it is not retried; say effects='idempotent'")
     if made.own_process:
         _check_importable(made)
-    try:
-        _ = made.spec
-    except PydanticUserError as error:
-        raise UserError(f"tool {name}: {str(error).splitlines()[0]}") from None
     return made
 
 
 def _arguments(
     function: Callable[..., Any], name: str, described: Mapping[str, str]
-) -> tuple[type[BaseModel], bool]:
+) -> tuple[type[BaseModel], str | None]:
     try:
         hints = get_type_hints(function, include_extras=True)
     except NameError as error:
@@ -194,12 +179,12 @@ def _arguments(
             f"tool {name}: {error}; its annotations must name module-level types"
         ) from None
     fields: dict[str, Any] = {}
-    takes_context = False
+    context = None
     for i, (parameter, p) in enumerate(inspect.signature(function).parameters.items()):
         if hints.get(parameter) is Context:
             if i:
                 raise UserError(f"tool {name}: its context must be the first parameter")
-            takes_context = True
+            context = parameter
             continue
         if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise UserError(f"tool {name}: parameter {parameter} has no name a model could use")
@@ -216,12 +201,12 @@ def _arguments(
         model.model_json_schema()
     except (PydanticUserError, NameError, TypeError) as error:
         raise UserError(f"tool {name}: {str(error).splitlines()[0]}") from None
-    return model, takes_context
+    return model, context
 
 
 def _check_importable(made: Tool) -> None:
     function = made.function
-    if made.takes_context:
+    if made.context:
         raise UserError(
             f"tool {made.name}: with a timeout it runs in its own process, where there is no "
             "context; make it async or drop the parameter"
@@ -233,22 +218,23 @@ def _check_importable(made: Tool) -> None:
         )
 
 
-def importable(module: str, qualname: str) -> Tool:
-    """The tool that is, or is made of, what another process finds under this name."""
-    found: Any = functools.reduce(getattr, qualname.split("."), importlib.import_module(module))
+def importable(name: str) -> Tool:
+    """The tool that is, or is made of, what another process finds as `module:qualname`."""
+    found: Any = pkgutil.resolve_name(name)
     return found if isinstance(found, Tool) else tool(found)
 
 
-def _without_titles(schema: Any) -> Any:
-    """Titles repeat names; each is tokens in every prompt."""
+def without(schema: Any, *keywords: str) -> Any:
+    """The JSON schema without these keywords, at any depth; properties of such names stay."""
     if isinstance(schema, list):
-        return [_without_titles(item) for item in schema]
-    if not isinstance(schema, dict):
+        return [without(item, *keywords) for item in schema]
+    if not isinstance(schema, Mapping):
         return schema
+    named = ("properties", "$defs", "definitions")
     return {
-        key: {name: _without_titles(inner) for name, inner in value.items()}
-        if key in ("properties", "$defs") else _without_titles(value)
-        for key, value in schema.items() if key != "title" or not isinstance(value, str)
+        key: {name: without(inner, *keywords) for name, inner in value.items()}
+        if key in named else without(value, *keywords)
+        for key, value in schema.items() if key not in keywords
     }  # fmt: skip
 
 

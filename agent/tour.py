@@ -10,8 +10,7 @@ disk, SIGKILL in the middle of a tool, the kernel's sandbox.
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,7 @@ from agent.engine_model import EngineModel
 from agent.evaluate.canaries import gullible
 from agent.evaluate.suite import injection
 from agent.events import ToolStarted
+from agent.gather import gather
 from agent.loop import Result, resume, run
 from agent.messages import user
 from agent.model import Completion, Delta, Model, Price, Request, Settings, complete
@@ -69,7 +70,7 @@ def stage(tour: Tour) -> None:
         section.note(f"Left out, as code by a model runs in a sandbox or not at all: {error}")
         return
     section.text(f"Sandbox: {level.name}, with {', '.join(level.layers)}.")
-    with tempfile.TemporaryDirectory() as folder, _model() as model:
+    with tempfile.TemporaryDirectory() as folder, open_model() as model:
         journal, effects = Path(folder) / "journal", Path(folder) / "effects"
         tour.console.print("a run in a process of its own, killed in the middle of a tool")
         before = _killed(journal, effects)
@@ -86,7 +87,7 @@ def stage(tour: Tour) -> None:
     _injection(section)
 
 
-def _model() -> EngineModel:
+def open_model() -> EngineModel:
     return EngineModel.load(MODEL, _ENGINE, price=_PRICE)
 
 
@@ -97,7 +98,6 @@ class _InOrder:
         self.name, self._model = model.name, model
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
-        """See Model."""
         turn = sum(message.role == "assistant" for message in request.messages)
         wanted = request.tools[min(turn, len(request.tools) - 1)].name
         async for item in self._model.stream(replace(request, tool_choice=wanted)):
@@ -151,42 +151,32 @@ def _killed(journal: Path, effects: Path) -> int:
                     return len(events)
             raise UserError(f"the run to be killed ended by itself, status {child.returncode}")
         finally:
-            if child.poll() is None:
-                os.kill(child.pid, signal.SIGKILL)
+            child.kill()
 
 
 async def _events(journal: Path) -> list[Any]:
-    store = SQLiteStore(journal)
-    try:
+    with contextlib.closing(SQLiteStore(journal)) as store:
         return await store.read(SESSION)
-    finally:
-        store.close()
 
 
 async def _resumed(model: EngineModel, journal: Path, effects: Path) -> tuple[Result, Any, Any]:
     """The resumed run, its sessions' journals, and the votes of three forks of it."""
-    agent, store = make(model, effects, slow=False), SQLiteStore(journal)
-    try:
+    agent = make(model, effects, slow=False)
+    with contextlib.closing(SQLiteStore(journal)) as store:
         result = await resume(agent, SESSION, store=store)
         sessions = await family(store, SESSION)
-    finally:
-        store.close()
     asked = (*result.state.prompt, user("Once more: how many eggs are that?"))
-    votes: Counter[str] = Counter()
 
-    async def vote(seed: int) -> None:
+    async def vote(seed: int) -> str:
         session = f"{SESSION}/{seed}"
         model.fork(SESSION, session)
         end = await complete(model, Request(
             asked, agent.specs, FINAL, Settings(temperature=0.8, max_tokens=160, seed=seed),
             session=session,
         ))  # fmt: skip
-        votes[end.message.calls[0].arguments] += 1
+        return end.message.calls[0].arguments
 
-    async with anyio.create_task_group() as group:
-        for seed in range(3):
-            group.start_soon(vote, seed)
-    return result, sessions, votes
+    return result, sessions, Counter(await gather(partial(vote, seed) for seed in range(3)))
 
 
 def _show(section: Any, result: Result, sessions: Any, before: int, written: int) -> None:
@@ -239,5 +229,5 @@ if __name__ == "__main__":
         agent = make(model, effects, slow=True)
         await run(agent, TASK, store=SQLiteStore(journal), session=SESSION)
 
-    with _model() as engine:
+    with open_model() as engine:
         anyio.run(main, engine)

@@ -11,6 +11,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from agent import events as ev
 from agent.journal import Store
@@ -23,7 +24,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;border-bottom:1px solid #d0d7de;
 text-align:right}td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f8fa;padding:.6em;margin:.3em 0}
-details{margin:.3em 0}summary{cursor:pointer}.bad{color:#b42318}.tainted{color:#9a6700}
+details{margin:.3em 0}summary{cursor:pointer}.bad{color:#b42318}
 svg{width:100%;height:auto;font:11px system-ui,sans-serif}
 """
 
@@ -108,44 +109,46 @@ def _costs(sessions: Mapping[str, Sequence[ev.Recorded]]) -> str:
 
 
 def _entry(recorded: ev.Recorded) -> str:
-    event, at = recorded.event, f"{recorded.seq}."
+    event = recorded.event
+    bad = isinstance(event, ev.OutputRejected) or bool(getattr(event, "error", None))
+    line, *texts = _told(event)
+    shown = "".join(_text(label, text) for label, text in texts)
+    return f"<p{' class=bad' * bad}>{recorded.seq}. {_e(line)}</p>{shown}"
+
+
+def _told(event: ev.Kept) -> tuple[Any, ...]:
+    """A line about the event, then what was said in it as (label, text)."""
     match event:
         case ev.RunStarted():
-            asked = "".join(_text(f"{m.role}", m.content) for m in event.messages)
-            told = _text("system", event.instructions)
-            return f"<h3>{at} {_e(event.agent)} begins</h3>{told}{asked}"
+            asked = ((m.role, m.content) for m in event.messages)
+            return f"{event.agent} begins", ("system", event.instructions), *asked
         case ev.ModelResponded():
-            u = event.usage
-            calls = "".join(_text(f"calls {c.name}", c.arguments) for c in event.message.calls)
-            told = f"{u.input} read, {u.cached} of them cached, {u.output} written"
-            return (
-                f"<p>{at} <b>{_e(event.model)}</b> in {event.seconds:.3f} s: {told}; "
-                f"{_e(event.finish)}</p>{_text('says', event.message.content)}{calls}"
+            u, calls = event.usage, ((f"calls {c.name}", c.arguments) for c in event.message.calls)
+            line = (
+                f"{event.model} in {event.seconds:.3f} s: {u.input} read, {u.cached} of them "
+                f"cached, {u.output} written; {event.finish}"
             )
+            return line, ("says", event.message.content), *calls
         case ev.ToolFinished():
-            kind = f"<b class=bad>{_e(event.error)}</b>" if event.error else "result"
-            taint = " <span class=tainted>a stranger may have written this</span>"
-            return f"<p>{at} {kind}{taint if event.tainted else ''}</p>{_text('', event.content)}"
+            taint = ", a stranger may have written this" if event.tainted else ""
+            return f"{event.error or 'result'}{taint}", ("", event.content)
         case ev.ApprovalRequested():
-            return f"<p>{at} a person is asked about {_e(event.call.name)}: {_e(event.reason)}</p>"
+            return (f"a person is asked about {event.call.name}: {event.reason}",)
         case ev.ApprovalDecided():
-            return f"<p>{at} {'approved' if event.approved else 'refused'} {_e(event.note)}</p>"
+            return (f"{'approved' if event.approved else 'refused'} {event.note}",)
         case ev.HandedOff():
-            return f"<p>{at} handed to <b>{_e(event.agent)}</b></p>"
+            return (f"handed to {event.agent}",)
         case ev.Compressed():
-            return (
-                f"<p>{at} compressed by {_e(', '.join(event.strategies))}: {event.before} to "
-                f"{event.after} tokens, {event.prefix} unchanged; lost: {_e(event.lost)}</p>"
-            )
+            names, size = ", ".join(event.strategies), f"{event.before} to {event.after} tokens"
+            return (f"compressed by {names}: {size}, {event.prefix} unchanged; lost: {event.lost}",)
         case ev.Retried():
-            return f"<p class=bad>{at} {event.layer} failed: {_e(event.error)}</p>"
+            return (f"{event.layer} failed: {event.error}",)
         case ev.OutputRejected():
-            return f"<p class=bad>{at} the answer was sent back: {_e(event.feedback)}</p>"
+            return (f"the answer was sent back: {event.feedback}",)
         case ev.RunFinished():
-            said = "" if event.output is None else _text("answer", str(event.output))
-            return f"<p>{at} ended: <b>{event.reason}</b> {_e(event.detail)}</p>{said}"
-        case _:
-            return f"<p>{at} {_e(event.type)}</p>"
+            said = "" if event.output is None else str(event.output)
+            return f"ended: {event.reason} {event.detail}", ("answer", said)
+    return (event.type,)
 
 
 def _text(label: str, text: str) -> str:

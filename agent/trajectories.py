@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from agent.events import ModelResponded, Recorded
-from agent.messages import Message
+from agent.messages import Message, same_start
 from agent.state import State, evolve
 from jaxinfra.errors import UserError
 
@@ -67,8 +67,4 @@ def trajectories(
 
 def drift(exact: Trajectory, other: Trajectory) -> float:
     """The share of `exact` that stands after the first token in which `other` differs."""
-    pairs = zip(exact.tokens, other.tokens, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if same is None:
-        same = min(len(exact.tokens), len(other.tokens))
-    return 1 - same / len(exact.tokens)
+    return 1 - same_start(exact.tokens, other.tokens) / len(exact.tokens)

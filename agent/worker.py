@@ -1,4 +1,4 @@
-"""The process of one call of a sync tool that has a timeout: `python -m agent.worker`.
+"""The process of one call of a sync tool that has a timeout, as `agent.execute` starts it.
 
 Reads where the function is and its arguments from standard input, writes the result to standard
 output. The tool's own prints go to standard error, so they cannot be taken for a result.
@@ -24,10 +24,9 @@ def main() -> None:
     work = json.loads(sys.stdin.read())
     if os.getppid() != work["parent"]:  # it died before we asked to be told
         sys.exit(1)
-    sys.path[:] = work["path"]
     from agent.tools import ToolFailed, as_text, importable
 
-    called = importable(work["module"], work["qualname"])
+    called = importable(work["function"])
     try:
         value = called.function(**called.parse(work["arguments"]))
         text = as_text(value) if not hasattr(value, "__next__") else "".join(map(as_text, value))
@@ -38,7 +37,3 @@ def main() -> None:
         answer = {"error": type(error).__name__, "message": str(error)}
     json.dump(answer, out)
     out.close()
-
-
-if __name__ == "__main__":
-    main()

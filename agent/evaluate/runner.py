@@ -12,11 +12,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import anyio
-
 from agent.events import ModelResponded, OutputRejected, ToolFinished
+from agent.gather import gather
 from agent.journal import MemoryStore, Store
 from agent.loop import Result, run
 from agent.messages import Message
@@ -76,7 +76,6 @@ class Try:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was wrong."""
         return self.fault is None
 
 
@@ -109,19 +108,14 @@ async def evaluate(
     """Tries each task `repeats` times, `width` side by side. `tasks(repeat)` builds the worlds anew
     for each repeat, as they have state; `make` builds the agent for a task."""
     kept = store or MemoryStore()
-    done: list[Try] = []
-    limiter = anyio.CapacityLimiter(width)
 
-    async def one(task: Task, repeat: int) -> None:
-        async with limiter:
-            done.append(await _try(make(task), task, repeat, kept))
-            progress(done[-1])
+    async def one(task: Task, repeat: int) -> Try:
+        done = await _try(make(task), task, repeat, kept)
+        progress(done)
+        return done
 
-    async with anyio.create_task_group() as group:
-        for repeat in range(repeats):
-            for task in tasks(repeat):
-                group.start_soon(one, task, repeat)
-    return sorted(done, key=lambda t: (t.kind, t.seed, t.repeat))
+    work = (partial(one, task, repeat) for repeat in range(repeats) for task in tasks(repeat))
+    return sorted(await gather(work, width), key=lambda t: (t.kind, t.seed, t.repeat))
 
 
 async def _try(agent: Agent, task: Task, repeat: int, store: Store) -> Try:

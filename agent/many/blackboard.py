@@ -6,12 +6,12 @@ the same board side by side; the run ends when nobody can, and says so when a ro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import anyio
-
+from agent.gather import gather
 from agent.many.patterns import Loop
 
 
@@ -32,7 +32,6 @@ class Blackboard:
     history: list[tuple[str, Entry]] = field(default_factory=list)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key."""
         return self.entries[key].value if key in self.entries else default
 
     def write(self, key: str, value: Any, author: str, seen: int | None = None) -> bool:
@@ -64,16 +63,9 @@ async def solve(board: Blackboard, specialists: Sequence[Specialist], rounds: in
             return n
         versions = {key: entry.version for key, entry in board.entries.items()}
         before = {key: entry.value for key, entry in board.entries.items()}
-        made: dict[str, Mapping[str, Any]] = {}
-
-        async def work(one: Specialist, into: dict[str, Mapping[str, Any]] = made) -> None:
-            into[one.name] = await one.work(board)
-
-        async with anyio.create_task_group() as group:
-            for one in able:
-                group.start_soon(work, one)
-        for one in able:
-            for key, value in made[one.name].items():
+        made = await gather(functools.partial(one.work, board) for one in able)
+        for one, writes in zip(able, made, strict=True):
+            for key, value in writes.items():
                 board.write(key, value, one.name, versions.get(key, 0))
         if {key: entry.value for key, entry in board.entries.items()} == before:
             raise Loop(f"blackboard: {', '.join(o.name for o in able)} changed nothing")

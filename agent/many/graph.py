@@ -15,6 +15,7 @@ again with the answer, and only it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -23,8 +24,8 @@ from typing import Any
 
 import anyio
 
-from agent.drive import first_of
 from agent.events import GraphAnswered, GraphStarted, NodeWrote, Recorded
+from agent.gather import gather
 from agent.journal import Store
 from agent.redact import Redactor
 from jaxinfra.errors import UserError
@@ -60,11 +61,9 @@ class Graph:
                 raise UserError(f"graph: no node {name!r}; there are {', '.join(self.nodes)}")
 
     def begin(self) -> tuple[str, ...]:
-        """The nodes of the first superstep."""
         return self.start or (next(iter(self.nodes)),)
 
     def merge(self, state: State, writes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """The state after a superstep."""
         merged, by = dict(state), {}
         for node in sorted(writes):
             for channel, value in writes[node].items():
@@ -79,7 +78,6 @@ class Graph:
         return merged
 
     def next(self, ran: Sequence[str], state: State) -> tuple[str, ...]:
-        """The nodes of the next superstep."""
         found: dict[str, None] = {}
         for node in sorted(ran):
             edge = self.edges.get(node, ())
@@ -143,7 +141,6 @@ class _Run:
     lock: anyio.Lock = field(default_factory=anyio.Lock)
 
     def fold(self, recorded: Recorded) -> None:
-        """One more event of the journal."""
         self.seq = recorded.seq
         match recorded.event:
             case GraphStarted():
@@ -182,12 +179,8 @@ async def _go(graph: Graph, store: Store, session: str, redactor: Redactor) -> O
                 f"graph: not at its end after {run.step} supersteps, {', '.join(run.active)} next; "
                 "mend the edges or raise max_steps"
             )
-        try:
-            async with anyio.create_task_group() as group:
-                for name in [one for one in run.active if one not in run.written]:
-                    group.start_soon(run.work, name)
-        except ExceptionGroup as errors:
-            raise first_of(errors) from None
+        todo = [name for name in run.active if name not in run.written]
+        await gather(functools.partial(run.work, name) for name in todo)
     return Outcome(run.state, run.step, run.questions)
 
 

@@ -8,10 +8,11 @@ hanging.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+from pydantic_core import to_json
 
 from jaxinfra.errors import UserError
 
@@ -110,7 +111,7 @@ class Mailbox:
 
     async def send(self, to: str, text: str, tainted_by: tuple[str, ...] = ()) -> None:
         """Sends and goes on."""
-        self.exchange.send(Mail(self.name, to, text, tainted_by))
+        self.exchange.send(Mail(self.name, to, text, tuple(tainted_by)))
 
     async def receive(self, sender: str | None = None) -> Mail:
         """The next mail, the oldest first. Raises Deadlock where none can ever come."""
@@ -146,12 +147,15 @@ class PostOffice:
 
         async def answer(peer: bytes, raw: bytes) -> None:
             try:
-                told = await self._do(**json.loads(raw))
+                name, do, given = json.loads(raw)
+                box = Mailbox(self._exchange, name)
+                does = {"send": box.send, "receive": box.receive, "leave": box.leave}
+                told = {"mail": await does[do](**given)}
             except Deadlock as error:
                 told = {"deadlock": str(error)}
-            except (ValueError, TypeError, UserError) as error:
+            except (ValueError, TypeError, KeyError, UserError) as error:
                 told = {"refused": str(error)}
-            await self._socket.send_multipart([peer, json.dumps(told).encode()])
+            await self._socket.send_multipart([peer, to_json(told)])
             if self._exchange.gone == set(self._exchange.names):
                 group.cancel_scope.cancel()
 
@@ -162,16 +166,6 @@ class PostOffice:
                     group.start_soon(answer, peer, raw)
         finally:
             self._socket.close()
-
-    async def _do(self, name: str, do: str, to: str | None = None, text: str = "",
-                  tainted_by: tuple[str, ...] = ()) -> dict[str, Any]:  # fmt: skip
-        if do == "receive":
-            return {"mail": asdict(await self._exchange.receive(name, to))}
-        if do == "send":
-            self._exchange.send(Mail(name, to or "", text, tuple(tainted_by)))
-        else:
-            self._exchange.leave(name)
-        return {}
 
 
 class RemoteMailbox:
@@ -188,20 +182,18 @@ class RemoteMailbox:
 
     async def send(self, to: str, text: str, tainted_by: tuple[str, ...] = ()) -> None:
         """See Mailbox; returns when the post office has it."""
-        await self._ask(do="send", to=to, text=text, tainted_by=tainted_by)
+        await self._ask("send", to=to, text=text, tainted_by=tainted_by)
 
     async def receive(self, sender: str | None = None) -> Mail:
-        """See Mailbox."""
-        mail = (await self._ask(do="receive", to=sender))["mail"]
+        mail = (await self._ask("receive", sender=sender))["mail"]
         return Mail(**{**mail, "tainted_by": tuple(mail["tainted_by"])})
 
     async def leave(self) -> None:
-        """See Mailbox."""
-        await self._ask(do="leave")
+        await self._ask("leave")
         self._socket.close()
 
-    async def _ask(self, **request: object) -> dict[str, Any]:
-        await self._socket.send(json.dumps({"name": self.name, **request}).encode())
+    async def _ask(self, do: str, **given: object) -> dict[str, Any]:
+        await self._socket.send(json.dumps([self.name, do, given]).encode())
         answer = json.loads(await self._socket.recv())
         if "deadlock" in answer:
             raise Deadlock(answer["deadlock"])

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-import anyio
-
+from agent.gather import gather
 from agent.journal import MemoryStore, Store
 from agent.loop import Result, run_once
 from agent.spec import Agent
@@ -71,23 +71,15 @@ async def side_by_side(
     tainted_by: Taint = (),
 ) -> list[Result | Exception]:  # fmt: skip
     """The results in the order of `work`; one that raises does not end the others."""
-    results: list[Result | Exception | None] = [None] * len(work)
-    limiter = anyio.CapacityLimiter(width)
 
-    async def one(i: int, agent: Agent, task: str) -> None:
-        async with limiter:
-            try:
-                results[i] = await run_once(
-                    agent, task, store=store, session=f"{session}/{i}-{agent.name}",
-                    tainted_by=tainted_by,
-                )  # fmt: skip
-            except Exception as error:
-                results[i] = error
+    async def one(i: int, agent: Agent, task: str) -> Result | Exception:
+        name = f"{session}/{i}-{agent.name}"
+        try:
+            return await run_once(agent, task, store=store, session=name, tainted_by=tainted_by)
+        except Exception as error:
+            return error
 
-    async with anyio.create_task_group() as group:
-        for i, (agent, task) in enumerate(work):
-            group.start_soon(one, i, agent, task)
-    return [result for result in results if result is not None]
+    return await gather((partial(one, i, *what) for i, what in enumerate(work)), width)
 
 
 async def map_reduce(

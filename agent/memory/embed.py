@@ -38,7 +38,6 @@ class Ngrams:
         self._size = size
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See Embedder."""
         rows = np.zeros((len(texts), self._size), np.float32)
         for row, text in zip(rows, texts, strict=True):
             padded = f" {' '.join(text.lower().split())} "
@@ -74,7 +73,6 @@ class HiddenStates:
         self._common = self._means(plain).mean(0)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """See Embedder."""
         return _unit(self._means(texts) - self._common)
 
     def _means(self, texts: Sequence[str]) -> NDArray[np.float32]:

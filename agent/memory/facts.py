@@ -11,12 +11,13 @@ from others is deleted with any of them. A deleted fact's bytes are overwritten 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +42,12 @@ CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(
   text, content='fact', content_rowid='id', tokenize='porter unicode61'
 );
 """
-_COLUMNS = "id, kind, key, text, source, tainted, importance, created, ended, uses"
+_DELETE = """
+DELETE FROM fact WHERE id IN (
+  WITH RECURSIVE doomed(id) AS (
+    SELECT value FROM json_each(?)
+    UNION SELECT child FROM derived JOIN doomed ON parent = doomed.id
+  ) SELECT id FROM doomed)"""
 _FUSION = 60  # the constant of reciprocal rank fusion
 _HALF_LIFE = 30 * 86400.0  # seconds after which an unused fact counts half
 
@@ -84,6 +90,7 @@ class Memories:
         self._alone = threading.RLock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=30.0, check_same_thread=False)
+        self._db.row_factory = sqlite3.Row
         try:
             for pragma in ("journal_mode=WAL", "secure_delete=ON", "foreign_keys=ON"):
                 self._db.execute(f"PRAGMA {pragma}")
@@ -99,7 +106,6 @@ class Memories:
         return cls(Path(folder) / f"{name}.memory", embed)
 
     def close(self) -> None:
-        """Closes the file."""
         with self._alone:
             self._db.close()
 
@@ -133,41 +139,32 @@ class Memories:
     def all(self, *, kind: Kind | None = None, ended: bool = False) -> list[Fact]:
         """What is remembered, the oldest first; with `ended` also what no longer holds."""
         where = "(? IS NULL OR kind = ?)" + ("" if ended else " AND ended IS NULL")
-        with self._alone:
-            return self._where(where, kind, kind)
+        return self._where(where, kind, kind)
 
     def value(self, key: str, at: float | None = None) -> Fact | None:
         """The fact that `key` has, or had at the time `at`."""
         when = self._clock() if at is None else at
         where = "key = ? AND created <= ? AND (ended IS NULL OR ended > ?)"
-        with self._alone:
-            return next(iter(self._where(where + " ORDER BY id DESC", key, when, when)), None)
+        return next(reversed(self._where(where, key, when, when)), None)
 
     def search(self, query: str, *, most: int = 5, kind: Kind | None = None) -> list[Found]:
         """The facts that hold and fit the query, best first; what is found counts as used."""
         wanted = self._embed([query])[0]
         with self._alone, self._db as db:
-            rows = db.execute(
-                "SELECT id, used, vector FROM fact"
-                " WHERE ended IS NULL AND (? IS NULL OR kind = ?) ORDER BY id", (kind, kind),
-            ).fetchall()  # fmt: skip
-            if not rows:
-                return []
-            ids = [row[0] for row in rows]
-            near = np.stack([np.frombuffer(row[2], "<f4") for row in rows]) @ wanted
-            by_meaning = [ids[i] for i in np.argsort(-near, kind="stable") if near[i] > 0.1]
-            allowed = set(ids)
-            ranks = (by_meaning[:50], [i for i in self._by_words(query) if i in allowed][:50])
+            rows = {row["id"]: row for row in db.execute(
+                "SELECT * FROM fact WHERE ended IS NULL AND (? IS NULL OR kind = ?) ORDER BY id",
+                (kind, kind),
+            )}  # fmt: skip
+            near = {id: float(_vector(row) @ wanted) for id, row in rows.items()}
+            by_meaning = sorted((id for id in rows if near[id] > 0.1), key=lambda id: -near[id])
+            by_words = [id for id in self._by_words(query) if id in rows]
             relevance: dict[int, float] = {}
-            for ranked in ranks:
+            for ranked in (by_meaning[:50], by_words[:50]):
                 for place, id in enumerate(ranked):
                     relevance[id] = relevance.get(id, 0.0) + (_FUSION + 1) / (_FUSION + 1 + place)
-            now, used = self._clock(), {row[0]: row[1] for row in rows}
-            facts = {fact.id: fact for id in relevance for fact in self._where("id = ?", id)}
-            scored = [
-                Found(fact, relevance[id] * (0.5 + fact.importance) * _recency(now - used[id]))
-                for id, fact in facts.items()
-            ]
+            now = self._clock()
+            scored = [Found(_fact(rows[id]), share * _worth(rows[id], now))
+                      for id, share in relevance.items()]  # fmt: skip
             best = sorted(scored, key=lambda found: (-found.score, found.fact.id))[:most]
             db.executemany(
                 "UPDATE fact SET used = ?, uses = uses + 1 WHERE id = ?",
@@ -177,21 +174,11 @@ class Memories:
 
     def delete(self, ids: Sequence[int]) -> int:
         """Deletes facts and all that follows from them, for good; returns how many went."""
+        if not ids:
+            return 0
         with self._alone:
             with self._db as db:
-                doomed, todo = set(), list(ids)
-                while todo:
-                    id = todo.pop()
-                    if id not in doomed:
-                        doomed.add(id)
-                        query = "SELECT child FROM derived WHERE parent = ?"
-                        todo += [row[0] for row in db.execute(query, (id,))]
-                rows = [(id,) for id in doomed]
-                count = "SELECT count(*) FROM fact"
-                before = db.execute(count).fetchone()[0]
-                db.executemany("DELETE FROM fact WHERE id = ?", rows)
-                gone = before - db.execute(count).fetchone()[0]
-                db.executemany("DELETE FROM derived WHERE parent = ?", rows)
+                gone = db.execute(_DELETE, (json.dumps([*ids]),)).rowcount
                 # Words of a deleted text stay in an index that is only marked: make it anew.
                 db.execute("INSERT INTO words (words) VALUES ('rebuild')")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -201,57 +188,55 @@ class Memories:
         """Keeps the `most` facts that are worth most by importance, use and recency, and deletes
         the others; returns how many went. Of a key's values those that ended go first."""
         with self._alone:
-            rows = self._db.execute(
-                "SELECT id, importance, uses, used, ended FROM fact ORDER BY id"
-            ).fetchall()
             now = self._clock()
-            worth = {
-                id: ((ended is None), (0.5 + importance) * (1 + uses) ** 0.5 * _recency(now - used))
-                for id, importance, uses, used, ended in rows
-            }
-            least = sorted(worth, key=lambda id: (worth[id], id))[: max(0, len(rows) - most)]
-            return self.delete(least) if least else 0
+            ranked = sorted(self._db.execute("SELECT * FROM fact").fetchall(), key=lambda row: (
+                row["ended"] is None, _worth(row, now) * (1 + row["uses"]) ** 0.5, row["id"]
+            ))  # fmt: skip
+            return self.delete([row["id"] for row in ranked[: max(0, len(ranked) - most)]])
 
     def consolidate(self, near: float = 0.9) -> int:
         """Joins facts that say nearly the same (cosine at least `near`): the newest stays, as
         important as the most important and as tainted as any; returns how many went."""
         with self._alone:
             rows = self._db.execute(
-                "SELECT id, vector, importance, tainted FROM fact"
-                " WHERE ended IS NULL AND key IS NULL AND kind = 'fact' ORDER BY id DESC"
+                "SELECT * FROM fact WHERE ended IS NULL AND key IS NULL AND kind = 'fact'"
+                " ORDER BY id DESC"
             ).fetchall()
-            kept: list[tuple[int, np.ndarray]] = []
+            kept: list[sqlite3.Row] = []
             gone: list[int] = []
             with self._db as db:
-                for id, blob, importance, tainted in rows:
-                    vector = np.frombuffer(blob, "<f4")
-                    twin = next((k for k, other in kept if float(vector @ other) >= near), None)
+                for row in rows:
+                    vector = _vector(row)
+                    twin = next((k for k in kept if float(_vector(k) @ vector) >= near), None)
                     if twin is None:
-                        kept.append((id, vector))
+                        kept.append(row)
                         continue
-                    gone.append(id)
+                    gone.append(row["id"])
                     db.execute(
                         "UPDATE fact SET importance = max(importance, ?), tainted = max(tainted, ?)"
-                        " WHERE id = ?", (importance, tainted, twin),
+                        " WHERE id = ?", (row["importance"], row["tainted"], twin["id"]),
                     )  # fmt: skip
-            return self.delete(gone) if gone else 0
+            return self.delete(gone)
 
     def _by_words(self, query: str) -> list[int]:
-        words = re.findall(r"\w+", query)
-        if not words:
-            return []
-        match = " OR ".join(f'"{word}"' for word in words)
-        rows = self._db.execute(
-            "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid", (match,)
-        )
-        return [row[0] for row in rows]
+        words = " OR ".join(f'"{word}"' for word in re.findall(r"\w+", query))
+        find = "SELECT rowid FROM words WHERE words MATCH ? ORDER BY bm25(words), rowid"
+        return [row[0] for row in self._db.execute(find, (words,))] if words else []
 
     def _where(self, where: str, *values: object) -> list[Fact]:
-        order = "" if "ORDER" in where else " ORDER BY id"
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM fact WHERE {where}{order}", values)
-        named = (dict(zip(_COLUMNS.split(", "), row, strict=True)) for row in rows)
-        return [Fact(**{**row, "tainted": bool(row["tainted"])}) for row in named]
+        with self._alone:
+            rows = self._db.execute(f"SELECT * FROM fact WHERE {where} ORDER BY id", values)
+            return [_fact(row) for row in rows]
 
 
-def _recency(age: float) -> float:
-    return 0.5 ** (max(0.0, age) / _HALF_LIFE)
+def _fact(row: sqlite3.Row) -> Fact:
+    known = {field.name: row[field.name] for field in fields(Fact)}
+    return Fact(**{**known, "tainted": bool(row["tainted"])})
+
+
+def _vector(row: sqlite3.Row) -> np.ndarray:
+    return np.frombuffer(row["vector"], "<f4")
+
+
+def _worth(row: sqlite3.Row, now: float) -> float:
+    return (0.5 + row["importance"]) * 0.5 ** (max(0.0, now - row["used"]) / _HALF_LIFE)

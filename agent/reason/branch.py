@@ -72,7 +72,6 @@ class Branch:
 
     @property
     def text(self) -> str:
-        """What the model said last."""
         return next((m.content for m in reversed(self.messages) if m.role == "assistant"), "")
 
     async def fork(self, n: int) -> list[Branch]:
@@ -96,6 +95,5 @@ class Branch:
         return end.message.content
 
     async def close(self) -> None:
-        """Lets go of what the model holds for this branch."""
         if isinstance(self.model, Forking):
             self.model.release(self.session)

@@ -30,7 +30,6 @@ class Template:
 
     @property
     def fields(self) -> frozenset[str]:
-        """The names that must be given."""
         return frozenset(name for _, name, _, _ in string.Formatter().parse(self.text) if name)
 
     @property

@@ -12,9 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-import anyio
-
+from agent.gather import gather
 from agent.model import Settings
 from agent.reason.branch import Branch, Exhausted
 
@@ -56,7 +56,7 @@ def by_value(prompt: str = "How good is this so far, from 0 to 10? A number only
         return float(found.group()) if found else 0.0
 
     async def judge(nodes: Sequence[Node]) -> list[float]:
-        return await _side_by_side([(one, node) for node in nodes])
+        return await gather(partial(one, node) for node in nodes)
 
     return judge
 
@@ -77,7 +77,7 @@ def by_vote(root: Branch, votes: int = 3) -> Judge:
             found = _NUMBER.search(said)
             return int(float(found.group())) - 1 if found else -1
 
-        counts = Counter(await _side_by_side([(one, seed) for seed in range(votes)]))
+        counts = Counter(await gather(partial(one, seed) for seed in range(votes)))
         return [float(counts[i]) for i in range(len(nodes))]
 
     return judge
@@ -103,9 +103,9 @@ async def tree_of_thoughts(
     search = Search(None, False)
     level = [Node("", root)]
     for at in range(1, depth + 1):
-        grown = await _side_by_side(
-            [(_propose, parent, i, propose, temperature) for parent in level
-             for i in range(breadth)]
+        grown = await gather(
+            partial(_propose, parent, i, propose, temperature)
+            for parent in level for i in range(breadth)
         )  # fmt: skip
         made = await _distinct([node for node in grown if node is not None])
         search.nodes += made
@@ -164,25 +164,3 @@ async def _distinct(nodes: Sequence[Node]) -> list[Node]:
 async def _release(nodes: Sequence[Node]) -> None:
     for node in nodes:
         await node.branch.close()
-
-
-async def _side_by_side(calls: Sequence[tuple]) -> list:
-    """The results of async functions, each (function, arguments...), in order; Exhausted if any
-    was."""
-    results: list = [None] * len(calls)
-    exhausted = False
-
-    async def one(i: int) -> None:
-        nonlocal exhausted
-        function, *arguments = calls[i]
-        try:
-            results[i] = await function(*arguments)
-        except Exhausted:
-            exhausted = True
-
-    async with anyio.create_task_group() as group:
-        for i in range(len(calls)):
-            group.start_soon(one, i)
-    if exhausted:
-        raise Exhausted
-    return results

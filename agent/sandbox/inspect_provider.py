@@ -63,7 +63,6 @@ class BoxEnvironment(SandboxEnvironment):
     async def sample_init(
         cls, task_name: str, config: Any, metadata: dict[str, str]
     ) -> dict[str, SandboxEnvironment]:
-        """See SandboxEnvironment."""
         return {"default": cls()}
 
     @classmethod
@@ -71,7 +70,6 @@ class BoxEnvironment(SandboxEnvironment):
         cls, task_name: str, config: Any, environments: dict[str, SandboxEnvironment],
         interrupted: bool,
     ) -> None:  # fmt: skip
-        """See SandboxEnvironment."""
         for environment in environments.values():
             environment.as_type(cls).folder.cleanup()
 
@@ -80,7 +78,6 @@ class BoxEnvironment(SandboxEnvironment):
         env: dict[str, str] | None = None, user: str | None = None, timeout: int | None = None,
         timeout_retry: bool = True, concurrency: bool = True,
     ) -> ExecResult[str]:  # fmt: skip
-        """See SandboxEnvironment."""
         if user is not None:
             raise SandboxUserUnsupportedError(f"the sandbox has one user, and it is not {user!r}")
         largest = SandboxEnvironmentLimits.MAX_EXEC_OUTPUT_SIZE
@@ -99,13 +96,11 @@ class BoxEnvironment(SandboxEnvironment):
         return ExecResult(ended.code == 0, ended.code, out, err)
 
     async def write_file(self, file: str, contents: str | bytes) -> None:
-        """See SandboxEnvironment."""
         ended = await self._run(["/bin/sh", "-c", _WRITE, "write", file], contents, 1 << 16)
         if ended.code:
             _fail(file, ended)
 
     async def read_file(self, file: str, text: bool = True) -> Any:
-        """See SandboxEnvironment."""
         largest = SandboxEnvironmentLimits.MAX_READ_FILE_SIZE
         ended = await self._run(["/bin/sh", "-c", _READ, "read", file], None, largest)
         if ended.ended_by == "output":

@@ -8,9 +8,9 @@ the folder is kept, and the calls are writes.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
-from agent.processes import Finished
 from agent.sandbox import PYTHON, Sandbox
 from agent.tools import Tool, ToolFailed, tool
 
@@ -19,31 +19,33 @@ def python_tool(sandbox: Sandbox | None = None) -> Tool:
     """A tool `python(code)`; the model sees what the code prints. Raises UserError where there is
     no sandbox to be had."""
     box = sandbox or Sandbox()
-    box.describe()
 
     async def python(code: Annotated[str, "a whole program that prints its answer"]) -> str:
         """Runs Python with its standard library, without files or network, and returns what it
         prints."""
-        return _told(
-            await box.run([PYTHON, "-I", "-S", "-"], stdin=code.encode("utf-8", "replace"))
-        )
+        return await _run(box, [PYTHON, "-I", "-S", "-"], code)
 
-    return tool(effects="pure" if box.work is None else "write")(python)
+    return _tool(box, python)
 
 
 def shell_tool(sandbox: Sandbox | None = None) -> Tool:
     """A tool `shell(command)`; see `python_tool`."""
     box = sandbox or Sandbox()
-    box.describe()
 
     async def shell(command: Annotated[str, "for /bin/sh"]) -> str:
         """Runs a command in an empty folder without network and returns what it prints."""
-        return _told(await box.run(["/bin/sh", "-s"], stdin=command.encode("utf-8", "replace")))
+        return await _run(box, ["/bin/sh", "-s"], command)
 
-    return tool(effects="pure" if box.work is None else "write")(shell)
+    return _tool(box, shell)
 
 
-def _told(ended: Finished) -> str:
+def _tool(box: Sandbox, function: Callable[..., Any]) -> Tool:
+    box.describe()
+    return tool(effects="pure" if box.work is None else "write")(function)
+
+
+async def _run(box: Sandbox, argv: list[str], text: str) -> str:
+    ended = await box.run(argv, stdin=text.encode("utf-8", "replace"))
     out = ended.stdout.decode("utf-8", "replace")
     if ended.ended_by is None and ended.code == 0:
         return out

@@ -13,14 +13,15 @@ import numpy as np
 import tokenizers
 
 from agent.engine_model import EngineModel
-from agent.model import Settings
+from agent.messages import Message, user
+from agent.model import Request, Settings
 from decode.config import EngineConfig
 from decode.engine import Engine
 from decode.request import Grammar
 from decode.runner import Runner
 from jaxinfra.text import Tokenizer
-from tests.agent.compat_server import TEMPLATE
-from tests.agent.test_models import turn
+from tests.agent.compat_server import TEMPLATE, call
+from tests.agent.test_models import TEXT, TOOL, turn
 from tests.decode import engines
 
 SIZES = EngineConfig(
@@ -119,7 +120,7 @@ def quiet(model):
     """Waits until the engine's thread has done all that it was told."""
     assert comes(lambda: not model._thread._asked and model._thread._orders.empty())
     done = threading.Event()
-    model._thread._order(done.set)
+    model._thread.order(done.set)
     assert done.wait(60)
 
 
@@ -138,3 +139,24 @@ def taken(model, *requests):
         return ends
 
     return anyio.run(main)
+
+
+def by_script(prompt: str) -> str:
+    return call("multiply", a=6, b=7) if "multiply" in prompt else TEXT
+
+
+def grown(model, session="s", words=30):
+    """A first turn, and the messages with which the second goes on."""
+    first = (user("Tell me. " * words),)
+    (end,) = taken(model, Request(first, settings=SHORT, session=session))
+    return (*first, end.message, user("Go on."))
+
+
+def called(model, session="s"):
+    first = (user("Tell me. " * 30),)
+    (end,) = taken(model, Request(first, (TOOL,), "required", SHORT_CALL, session=session))
+    (made,) = end.message.calls
+    return (*first, end.message, Message("tool", "42", call_id=made.id))
+
+
+SHORT_CALL = Settings(max_tokens=400, seed=1)

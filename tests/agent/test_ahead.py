@@ -17,8 +17,8 @@ from agent.policy import Guardrail, Policy, Rule
 from agent.scripted import ScriptedModel, call, calls
 from decode.page_moves import PageMoves
 from tests.agent.compat_server import call as written
-from tests.agent.steered_engine import SHORT, comes, quiet, serving, taken
-from tests.agent.test_engine_model import TOOL, by_script, called
+from tests.agent.steered_engine import SHORT, by_script, called, comes, quiet, serving, taken
+from tests.agent.test_models import TOOL
 
 SIZE = 16  # tokens of a page
 
@@ -26,7 +26,7 @@ SIZE = 16  # tokens of a page
 def evict(model, engine):
     """Other sequences take all pages that can be had."""
     quiet(model)
-    model._thread._order(lambda: engine.cache.evict(1 << 20, 0.0))
+    model._thread.order(lambda: engine.cache.evict(1 << 20, 0.0))
     quiet(model)
 
 
@@ -80,9 +80,9 @@ def test_pages_are_kept_put_away_or_dropped_by_when_they_are_wanted():
         def hold(session, seconds):
             called(model, session)
             quiet(model)
-            model._thread.hold(session, model.tokens(session), seconds, "")
+            model._thread.order(model._thread.hold, session, model.tokens(session), seconds, "")
             quiet(model)
-            return session in model._thread._held, session in model.host._stored
+            return session in model._thread.held, session in model.host._stored
 
         assert hold("soon", 30.0) == (True, False)
         assert hold("later", 300.0) == (False, True)

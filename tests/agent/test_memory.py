@@ -120,8 +120,8 @@ OPERATION = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(OPERATION, max_size=25))
+@settings(max_examples=20, deadline=None)
+@given(st.lists(OPERATION, max_size=15))
 def test_users_never_mix(tmp_path_factory, operations):
     folder = tmp_path_factory.mktemp("users")
     opened = {}

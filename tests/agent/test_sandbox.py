@@ -294,14 +294,14 @@ def test_nothing_survives_a_caller_that_is_killed(level, begun):
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_is_tried_in_a_group_of_its_own(level, monkeypatch):
     """The launcher bounds its whole group: in ours, a large caller would seem to be too large."""
-    groups, real = [], subprocess.run
+    name, groups, real = obtained(level), [], subprocess.run
 
     def run(*args, **options):
         groups.append(options.get("start_new_session"))
         return real(*args, **options)
 
     monkeypatch.setattr(sandbox_module.subprocess, "run", run)
-    assert sandbox_module._unavailable.__wrapped__(obtained(level)) is None
+    assert sandbox_module._unavailable.__wrapped__(name) is None
     assert groups == [True]
 
 

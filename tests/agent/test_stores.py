@@ -24,7 +24,7 @@ from agent.loop import resume, run
 from agent.messages import Message, ToolCall, user
 from agent.model import Completion, Usage
 from agent.policy import Policy, Rule
-from agent.projections import costs, spans, state_at
+from agent.projections import costs, spans
 from agent.scripted import ScriptedModel, call
 from agent.spec import Agent
 from agent.sqlite_store import SQLiteStore
@@ -221,7 +221,7 @@ def test_fork_and_time_travel(tmp_path):
         await run(worker, "go", store=store, session="s")
         events = await store.read("s")
         at = next(r.seq for r in events if isinstance(r.event, ToolFinished))
-        past = state_at(events, at)
+        past = fold(events[:at])
         assert [m.role for m in past.messages] == ["user", "assistant", "tool"]
         await fork(store, "s", "branch", at=at)
         other = _worker(ran, [call("act", n=1), call("act", n=3), "other end"])
