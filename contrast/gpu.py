@@ -58,11 +58,10 @@ def replayed() -> Entry:
     order = ["JAX, jit", "PyTorch, captured", "PyTorch, eager"]
     names = [*[n for n in order if n in good], *[n for n in good if n not in order]]
     return entry(
-        "small-kernels", "64 dependent products of 256 x 256, float32, one call: JAX, jit", "µs",
+        "small-kernels", "64 dependent products of 256 x 256, TensorFloat-32, one call: JAX, jit", "µs",
         {name: good[name]["wall"] for name in names},
         inputs="a normal and an orthogonal matrix; each framework in a process of its own",
-        mislead="the products' algorithms differ: JAX's default is TensorFloat-32, PyTorch's full "
-        "float32; the processes ran one after the other, not in turns; Kineto does not show the "
+        mislead="the processes ran one after the other, not in turns; Kineto does not show the "
         "driver's own launch of a graph, which XLA uses",
         extra={
             "µs until the call returned": {n: median(good[n]["host"]) for n in names},

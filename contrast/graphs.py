@@ -3,7 +3,8 @@
 A launch costs the host a few microseconds, and a kernel that takes less than its launch leaves the
 GPU waiting. Both answers record the launches once and replay them: XLA turns parts of a program
 into command buffers by itself, PyTorch captures a stream (`torch.cuda.CUDAGraph`, or
-`reduce-overhead`). A captured graph reads and writes the addresses that it was captured with.
+`reduce-overhead`). A captured graph reads and writes the addresses that it was captured with. Both
+multiply at "high" precision, TF32 on a GPU: left alone, PyTorch takes all of float32's bits.
 
     python -m contrast.graphs               # each side in a process of its own; needs a GPU
 """
@@ -132,7 +133,16 @@ def captured(torch: Any, x: Any, w: Any) -> Callable[[], Any]:
 
 def child(side: str) -> dict[str, dict]:
     """What one process measures: {contestant: samples}; an error is told, not raised."""
-    contestants = jax_contestants if side.startswith("jax") else torch_contestants
+    if side.startswith("jax"):
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "high")
+        contestants = jax_contestants
+    else:
+        from contrast import peer
+
+        peer.torch().set_float32_matmul_precision("high")
+        contestants = torch_contestants
     found: dict[str, dict] = {}
     for name, (call, wait) in contestants().items():
         try:
