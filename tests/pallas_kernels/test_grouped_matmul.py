@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import Config, configs, reference, schedule, supported
 
-# Rows, and rows of each group.
+# Rows, and rows of each group: mostly of one shape, which is compiled once.
 COUNTS = {
     "a sum below M": (40, [7, 0, 21, 1]),
-    "empty groups": (24, [0, 0, 24, 0]),
-    "nothing": (16, [0, 0]),
+    "empty groups": (40, [0, 0, 24, 0]),
+    "nothing": (40, [0, 0, 0, 0]),
     "one group": (19, [19]),
-    "uneven": (64, [9, 30, 25]),
+    "uneven": (40, [9, 17, 4, 10]),
 }
 
 
@@ -71,7 +71,7 @@ def test_gradients_are_those_of_the_specification():
 def test_a_group_too_far_is_seen():
     """The check above tells a product whose groups begin a row late from the right one."""
     arrays = case("uneven")
-    late = grouped_matmul(arrays[0], arrays[1], arrays[2] + jnp.asarray([1, -1, 0]))
+    late = grouped_matmul(arrays[0], arrays[1], arrays[2] + jnp.asarray([1, -1, 0, 0]))
     assert np.abs(late - exact(*arrays)[0]).max() > 0.1
 
 
@@ -112,7 +112,7 @@ def rows_of_groups(M):
     return cuts.map(lambda ends: [b - a for a, b in zip([0, *ends], ends, strict=False)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(counts=rows_of_groups(84), tile=st.sampled_from([8, 16, 128]))
 def test_every_row_is_stored_once_by_its_group(counts, tile):
     wanted = np.repeat(np.arange(5), [*counts, 84 - sum(counts)])

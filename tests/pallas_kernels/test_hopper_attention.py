@@ -15,6 +15,7 @@ from pallas_kernels.flash_attention.sight import Sight
 from pallas_kernels.interpreter import WHOLE, RaceError, interpret
 
 newer = pytest.mark.skipif(not WHOLE, reason="jax 0.10 interprets less; a newer one does this")
+slow = pytest.mark.slow
 SMALL = Config(block_kv=64, warpgroups=2)
 
 
@@ -70,19 +71,19 @@ def held(shape, options, dtype=jnp.bfloat16, config=SMALL):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in sorted(CASES)]
+    "name", [pytest.param(n, marks=() if n in FAST else slow) for n in sorted(CASES)]
 )
 def test_a_case_is_the_references(name):
     held(*CASES[name])
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("H", [128, 256])
 def test_wider_heads(H):
     held((1, 128, 128, 1, 1, H), {"causal": True})
 
 
-@pytest.mark.slow
+@slow
 def test_float16():
     held((1, 128, 128, 1, 1, 64), {"causal": True}, jnp.float16)
 
@@ -189,9 +190,16 @@ EVERY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=slow)])
 @pytest.mark.parametrize("H", sorted(CONFIGS))
-@pytest.mark.parametrize("options", [{}, {"causal": True}, EVERY], ids=["full", "causal", "every"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="full", marks=slow),
+        pytest.param({"causal": True}, id="causal", marks=slow),
+        pytest.param(EVERY, id="every"),
+    ],
+)
 def test_it_lowers_for_the_chip(H, dtype, options):
     shapes = ((2, 1024, 4, H), (2, 1000, 2, H), (2, 1000, 2, H))
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
@@ -226,7 +234,7 @@ def test_a_cpu_is_refused():
 
 
 @newer
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("sinks", [None, jnp.asarray([[0.5], [-jnp.inf]])], ids=["", "sinks"])
 def test_gradients_under_vmap_are_the_references(sinks):
     rng = np.random.default_rng(0)

@@ -276,10 +276,10 @@ def test_every_mistake_is_found(monkeypatch, name):
         held(draw(1, 64 if configs is ALONE else 128, S, 1, 1, 64), configs=configs)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=slow)])
 @pytest.mark.parametrize("H", sorted(KEY_CONFIGS))
-@pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("everything", [pytest.param(False, marks=slow), True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=slow)])
 def test_the_kernels_lower_for_the_chip(deterministic, everything, H, dtype):
     B, T, S, N, K = 2, 1000, 1104, 4, 2
     q, k = (jax.ShapeDtypeStruct(s, dtype) for s in ((B, T, N, H), (B, S, K, H)))

@@ -114,7 +114,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("config", [*(c for c, *_ in configs.CANDIDATES), configs.OF_FEW_ROWS])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_every_schedule_lowers_for_the_chip(name, dtype, config):
     options = dict(OPTIONS[name])

@@ -241,7 +241,7 @@ def test_the_schedule_follows_the_scales():
     "config",
     [mosaic_gpu.choose(4096, blocked=False), mosaic_gpu.choose(4096, blocked=True), Config()],
 )
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("blocked", [False, True])
 def test_every_schedule_lowers_for_the_chip(blocked, dtype, config):
     M, N, K = 1000, 448, 1024
