@@ -58,7 +58,7 @@ def replayed() -> Entry:
     order = ["JAX, jit", "PyTorch, captured", "PyTorch, eager"]
     names = [*[n for n in order if n in good], *[n for n in good if n not in order]]
     return entry(
-        "small-kernels", "64 dependent products of 256 x 256, TensorFloat-32, one call: JAX, jit", "µs",
+        "small-kernels", "64 dependent products of 256 x 256, TensorFloat-32: JAX, jit", "µs",
         {name: good[name]["wall"] for name in names},
         inputs="a normal and an orthogonal matrix; each framework in a process of its own",
         mislead="the processes ran one after the other, not in turns; Kineto does not show the "
