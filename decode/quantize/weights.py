@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxinfra.errors import UserError
-from jaxinfra.model.quantized import QuantizedMatrix, pack
+from jaxinfra.model.quantized import QuantizedMatrix
+from pallas_kernels.quantised_matmul.formats import pack
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float
 
 from pallas_kernels import weight_matmul
+from pallas_kernels.quantised_matmul.formats import unpack
 
 # Rows up to which groups of int8 are multiplied one by one on a CPU; beyond, the matrix of floats
 # that is written out first costs less than the sums of every group.
@@ -58,18 +59,6 @@ class QuantizedMatrix:
 def is_quantized(leaf: Any) -> bool:
     """Whether `leaf` is a quantised matrix: for `is_leaf` of tree functions."""
     return isinstance(leaf, QuantizedMatrix)
-
-
-def unpack(values: UInt8[Array, "*L o m"]) -> Int8[Array, "*L o n"]:
-    """The numbers of -8..7 that lie two a byte, the earlier one low."""
-    low, high = (values & 15).astype(jnp.int8) - 8, (values >> 4).astype(jnp.int8) - 8
-    return jnp.stack([low, high], axis=-1).reshape(*values.shape[:-1], -1)
-
-
-def pack(values: Int8[Array, "*L o n"]) -> UInt8[Array, "*L o m"]:
-    """The inverse of `unpack`; n must be even."""
-    shifted = (values + 8).astype(jnp.uint8)
-    return shifted[..., ::2] | shifted[..., 1::2] << 4
 
 
 def integers(w: QuantizedMatrix) -> QuantizedMatrix:

@@ -61,13 +61,13 @@ def integers(
     return (values if bits == 8 else pack(values)), scale
 
 
-def pack(values: Int8[Array, "g N n"]) -> UInt8[Array, "g N m"]:
+def pack(values: Int8[Array, "*g N n"]) -> UInt8[Array, "*g N m"]:
     """Numbers of -8..7, two a byte."""
     shifted = (values + 8).astype(jnp.uint8)
     return shifted[..., ::2] | shifted[..., 1::2] << 4
 
 
-def unpack(values: UInt8[Array, "g N m"]) -> Int8[Array, "g N n"]:
+def unpack(values: UInt8[Array, "*g N m"]) -> Int8[Array, "*g N n"]:
     """The inverse of `pack`."""
     low, high = (values & 15).astype(jnp.int8) - 8, (values >> 4).astype(jnp.int8) - 8
     return jnp.stack([low, high], axis=-1).reshape(*values.shape[:-1], -1)

@@ -15,6 +15,7 @@ from decode.quantize.weights import default_group
 from jaxinfra.errors import UserError
 from jaxinfra.model import quantized
 from jaxinfra.model.cache import project
+from pallas_kernels.quantised_matmul import formats
 from tests.decode.quantize_cases import meant, normal, rounded
 
 SCHEMES = [Scheme(8), Scheme(8, 16), Scheme(4, 16), Scheme(4), Scheme(8, float8=True)]
@@ -70,10 +71,10 @@ def test_a_wrong_layout_is_told(wrong):
 @settings(max_examples=10, deadline=None)
 def test_packing_loses_nothing(values):
     whole = np.asarray([values, values[::-1]], np.int8)
-    packed = quantized.pack(jnp.asarray(whole))
+    packed = formats.pack(jnp.asarray(whole))
     assert packed.shape == (2, len(values) // 2)
     assert int(packed[0, 0]) == (values[0] + 8) + 16 * (values[1] + 8)  # the earlier one low
-    np.testing.assert_array_equal(np.asarray(quantized.unpack(packed)), whole)
+    np.testing.assert_array_equal(np.asarray(formats.unpack(packed)), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
