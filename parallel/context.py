@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import DENSE_LIMIT, supported
+from pallas_kernels.shards import partitioned
 from parallel.mesh import Axis, index, size
 
 _log = logging.getLogger(__name__)
@@ -158,8 +159,10 @@ def attention(q: Array, k: Array, v: Array, **options: Any) -> Any:
 
     Left to itself it keeps off kernels where there are several devices, for XLA cannot partition
     them; here nothing is left to partition. cuDNN gives a log-sum-exp without a gradient, so it is
-    not asked for one.
+    not asked for one. Outside `shard_map` (`data.annotated`) it is left to itself.
     """
+    if partitioned():
+        return flash_attention.attention(q, k, v, **options)
     asked = {name: value for name, value in options.items() if name != "return_lse"}
     kernels = ("mosaic_tpu",) if options.get("return_lse") else ("mosaic_tpu", "cudnn")
     for kernel in kernels:

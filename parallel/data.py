@@ -15,6 +15,7 @@ arrays with shardings and so is right for clipping by the global norm, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,9 +26,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxinfra.errors import UserError
 from jaxinfra.model.params import Params
 from jaxinfra.train.loss import Batch, target_weights
-from jaxinfra.train.step import Metrics, Step, TrainState, make_step
+from jaxinfra.train.step import Metrics, Step, TrainState, accumulated, applied
 from parallel import balance, model, precision
 from parallel.layout import Layout, summed
 from parallel.mesh import DATA, Axis, ensure_varying, present, shardings, varying
@@ -172,16 +174,50 @@ def annotated(
 ) -> Step:
     """FSDP without a collective in the source: one device's step, and arrays that are cut.
 
-    The compiler finds where to gather and to reduce. Whether it gathers weights is its choice: rows
-    and width are cut over the same axis, and where width wins it sums activations instead, in every
-    layer (the census shows which). Right in every case, and the reason to write `zero3` out.
+    Annotations say where arrays lie and the compiler finds what to send. They stand where it would
+    choose badly: rows and activations are cut by rows, and a layer's weights are whole where they
+    are used. Left to itself it keeps weights cut by width, sums activations in every layer and
+    holds those of all rows on each device. Of dense models.
     """
-    step = make_step(
-        layout.config, optimizer, schedule, dtype=options.dtype, accumulate=options.accumulate,
-        z_loss=options.z_loss, remat=options.remat,
-        unroll=min(options.unroll, layout.config.num_layers),
-    )  # fmt: skip
+    config, mesh = layout.config, layout.mesh
+    if config.experts or set(mesh.shape) - {Axis.DP, Axis.FSDP}:
+        raise UserError("annotated: takes dense models over dp and fsdp; choose zero3")
+    own = PartitionSpec(layout.rows[0])
+    devices = math.prod(mesh.shape.values())
+
+    def loss_of(params: Params, rows: Rows, count: Array) -> tuple[Array, Metrics]:
+        x = _annotated(model.embed(params, config, rows, options), own)
+        x, _ = model.blocks(params.layers, config, x, rows, options)
+        # Blocks of the head are of each device's rows.
+        apart = jax.tree.map(lambda a: a.reshape(devices, -1, *a.shape[1:]), (x, dict(rows)))
+        sums = lambda x, rows: model.loss_sums(params, config, x, rows, options)  # noqa: E731
+        loss, nll = jax.tree.map(jnp.sum, jax.vmap(sums)(*apart))
+        return loss / count, {"nll": nll / count}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        count = jnp.maximum(jnp.sum(target_weights(batch)), 1.0)
+        compute = jax.tree.map(lambda leaf: leaf.astype(options.dtype), state.params)
+
+        def gradient(rows: Rows) -> tuple[Metrics, Params]:
+            (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(compute, rows, count)
+            return {"loss": loss, **aux}, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+        def parted(rows: Array) -> Array:
+            """Rows in such an order that a part has as many of each device's."""
+            mine = rows.reshape(devices, options.accumulate, -1, rows.shape[1])
+            return _annotated(mine.swapaxes(0, 1).reshape(rows.shape), own)
+
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            rows = jax.tree.map(parted, dict(model.rows_of(batch)))
+            metrics, grads = accumulated(gradient, rows, options.accumulate)
+            grads = lax.with_sharding_constraint(grads, layout.specs)
+        return applied(state, metrics, cast(Any, grads), optimizer, schedule)
+
     return _compiled(layout, step, layout.state_specs(optimizer), options)
+
+
+def _annotated(x: Array, spec: PartitionSpec) -> Array:
+    return lax.with_sharding_constraint(x, spec)
 
 
 STEPS = {"dp": dp, "zero1": zero1, "zero2": zero2, "zero3": zero3}

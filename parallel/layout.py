@@ -146,18 +146,34 @@ def summed(grads: Any, specs: Any, *, but: Iterable[str] = ()) -> Any:
 
 
 def gathered(tree: Any, dims: Any, axis: str = Axis.FSDP) -> Any:
-    """Inside `shard_map`: parameters cut over fsdp made whole again; their gradients come back cut.
+    """Parameters cut over fsdp made whole again; their gradients come back cut.
 
-    The transpose of an all-gather is a reduce-scatter: this one line is ZeRO-3. Leaves of `dims`
-    are letters; only arrays with a D are cut.
+    Inside `shard_map` by an all-gather, whose transpose is a reduce-scatter: this one line is
+    ZeRO-3. Where the compiler cuts arrays, by annotations that say the same. Leaves of `dims` are
+    letters; only arrays with a D are cut.
     """
+    mesh = jax.sharding.get_abstract_mesh()
 
     def one(leaf: Any, names: str) -> Any:
-        if axis not in jax.sharding.get_abstract_mesh().shape or "D" not in names.split():
+        if axis not in mesh.shape or "D" not in names.split():
             return leaf
-        return jax.lax.all_gather(leaf, axis, axis=names.split().index("D"), tiled=True)
+        if axis in mesh.manual_axes:
+            return jax.lax.all_gather(leaf, axis, axis=names.split().index("D"), tiled=True)
+        return _annotated_whole(leaf, RULES.spec(names, mesh))
 
     return jax.tree.map(one, tree, dims)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _annotated_whole(leaf: Any, spec: PartitionSpec) -> Any:
+    """The leaf whole on every device, and its gradient cut as `spec` says."""
+    return jax.lax.with_sharding_constraint(leaf, PartitionSpec())
+
+
+_annotated_whole.defvjp(
+    lambda leaf, spec: (_annotated_whole(leaf, spec), None),
+    lambda spec, _, g: (jax.lax.with_sharding_constraint(g, spec),),
+)
 
 
 def bytes_on_a_device(tree: Any, specs: Any, mesh: Mesh) -> int:

@@ -165,13 +165,13 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 def size(axis: str) -> int:
     """Inside `shard_map`: devices along an axis; 1 for an axis that the mesh does not have."""
-    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+    return jax.sharding.get_abstract_mesh().shape[axis] if present((axis,)) else 1
 
 
 def present(axes: Iterable[str]) -> tuple[str, ...]:
-    """Inside `shard_map`: those of `axes` that the mesh has."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return tuple(str(axis) for axis in axes if axis in shape)
+    """Inside `shard_map`: those of `axes` that the mesh has; none where the compiler sees to it."""
+    here = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(str(axis) for axis in axes if axis in here)
 
 
 def index(axis: str) -> Any:

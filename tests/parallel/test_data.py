@@ -3,21 +3,24 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax import lax
 
 from jaxinfra.errors import UserError
-from parallel import data, model
+from jaxinfra.train.step import TrainState
+from parallel import data, layout, model
 from parallel import mesh as M
 from parallel.census import census, totals
 from parallel.layout import Layout, bytes_on_a_device, summed
 from parallel.model import Options
 from tests.parallel import tiny
-from tests.parallel.emulated import cases, relative
+from tests.parallel.emulated import QUICK, cases, relative
 from tests.parallel.runs import differences, started, trained
 
 CASES = {
     "annotated": ("qwen3", "fsdp=8", "annotated", {}),
+    "annotated, accumulated": ("llama", "dp=2,fsdp=2", "annotated", {"accumulate": 2}),
     "dp": ("qwen3", "dp=8", "dp", {}),
     "dp of one device": ("qwen3", "dp=1", "dp", {}),
     "dp, accumulated": ("qwen3", "dp=2", "dp", {"accumulate": 4}),
@@ -150,6 +153,41 @@ def temporary(remat):
 def test_what_is_kept_takes_memory():
     kept = [temporary(remat) for remat in ("none", "matmuls", "attention", "full")]
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+
+
+@functools.cache
+def step_memory(builder):
+    """Temporary bytes of a step that keeps all activations, which are most of it."""
+    config = tiny.QWEN.replace(num_layers=2, d_model=64, d_ff=192)
+    made = Layout(config, M.make(M.parse("fsdp=2")))
+    tx, options = tiny.optimizer(), Options(remat="none")
+    if builder == "annotated":
+        step = data.annotated(made, tx, options, tiny.RATE)
+    else:
+        step = data.zero3(made, tx, options)
+    state = jax.eval_shape(lambda: TrainState.create(tiny.params(config), tx))
+    batch = {"tokens": jax.ShapeDtypeStruct((8, 129), jnp.int32)}
+    program = step.lower(state, batch).compile(compiler_options=QUICK)
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_annotations_take_the_memory_of_zero3():
+    assert step_memory("annotated") < 1.1 * step_memory("zero3")
+
+
+@pytest.mark.slow
+def test_what_the_compiler_chooses_without_annotations_takes_more_memory(monkeypatch):
+    """Activations of all rows on every device."""
+    monkeypatch.setattr(layout, "_annotated_whole", lambda leaf, spec: leaf)
+    monkeypatch.setattr(data, "_annotated", lambda x, spec: x)
+    assert step_memory.__wrapped__("annotated") > 1.5 * step_memory("zero3")
+
+
+def test_what_annotations_do_not_take_is_told():
+    for config, mesh in ((tiny.MOE, "fsdp=2"), (tiny.QWEN, "fsdp=2,tp=2")):
+        made = Layout(config, M.make(M.parse(mesh)))
+        with pytest.raises(UserError, match="choose zero3"):
+            data.annotated(made, tiny.optimizer(), Options(), tiny.RATE)
 
 
 def test_annotations_alone_send_more_than_zero3_and_scatter_nothing():
