@@ -1,9 +1,9 @@
 """Answers of a policy to prompts, with a key/value cache, inside a program of any size.
 
-The prompts of all groups go through the model once; each one's cache is then copied to the G
-samples of its group, and a `lax.while_loop` draws a token of every row a turn until all have ended.
-A row's draw depends on the key, the row and the position alone. `begin`, `advance` and `finish`
-are `rollout` taken apart, for hosts that change the weights between tokens.
+The prompts of all groups go through the model once, as the trainer's batches do; each one's cache
+is then copied to the G samples of its group, and a `lax.while_loop` draws a token of every row a
+turn until all have ended. A row's draw depends on the key, the row and the position alone. `begin`,
+`advance` and `finish` are `rollout` taken apart, for hosts that change the weights between tokens.
 
 Cost of T tokens: T times a decode step (`jaxinfra.model.cache`) of B rows; it runs to the longest
 answer, so where the mean is under about half of it, continuous batching does less work.
@@ -23,6 +23,7 @@ from align.logprobs import log_distribution
 from jaxinfra.errors import UserError
 from jaxinfra.generate import Sampling
 from jaxinfra.model import cache as kv
+from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import Params
 
@@ -92,19 +93,15 @@ def begin(
     pad_id: int = 0,
 ) -> Generation:
     """The prompts read, and the first token of each answer drawn."""
-    (N, P), T, B = prompts.shape, max_new_tokens, prompts.shape[0] * group_size
+    P, T, B = prompts.shape[1], max_new_tokens, prompts.shape[0] * group_size
     if config.max_seq_len < P + T:
         raise UserError(
             f"rollout: prompts of {P} + max_new_tokens={T} exceed the model's max_seq_len="
             f"{config.max_seq_len}; shorten one of them"
         )
-    fused = kv.unstack(params, config)
-    cache = kv.empty(config, N, P + T, params.embed.dtype)
-    x, cache = kv.extend(fused, config, prompts, cache, lengths=lengths, fresh=True)
+    x, cache = kv.prefill(params, config, prompts, lengths, capacity=P + T, copies=group_size)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
-    first, cache = jax.tree.map(
-        lambda a: jnp.repeat(a, group_size, axis=0), (kv.head(fused, config, last)[:, 0], cache)
-    )
+    first = jnp.repeat(model.head(params, config, last)[:, 0], group_size, axis=0)
     token, logp = _drawer(key, B, sampling)(first, jnp.int32(0))
     answer = jnp.full((B, T), pad_id, jnp.int32).at[:, 0].set(token)
     logps, mask = jnp.zeros((2, B, T), jnp.float32)

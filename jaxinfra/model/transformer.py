@@ -165,6 +165,33 @@ def hidden(
       unroll: layers a step of the scan.
       implementation: of attention, one of pallas_kernels.flash_attention.IMPLEMENTATIONS.
     """
+    x, balance, _ = _layers(
+        params, config, tokens, segment_ids, positions, remat, unroll, implementation
+    )
+    return x, balance
+
+
+def hidden_keys_values(
+    params: Params, config: ModelConfig, tokens: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "L B T K H"], Float[Array, "L B T K H"]]:
+    """Hidden states after the final norm, and what a cache keeps of every layer."""
+    x, _, (keys, values) = _layers(params, config, tokens, keep=True)
+    return x, keys, values
+
+
+def _layers(
+    params: Params,
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    remat: str = "none",
+    unroll: int = 1,
+    implementation: str | None = None,
+    *,
+    keep: bool = False,
+) -> tuple[Array, moe.Balance | None, Any]:
+    """`hidden`, and keys and values where they are to be kept."""
     if remat not in REMAT:
         raise UserError(f"remat={remat!r}: choose one of {', '.join(REMAT)}")
     if tokens.shape[1] > config.max_seq_len:
@@ -200,7 +227,7 @@ def hidden(
         before = jax.checkpoint(before, policy=policy, prevent_cse=apart)
         after = jax.checkpoint(after, policy=policy, prevent_cse=apart)
 
-    def block(x: Array, scanned: tuple[Layer, Any]) -> tuple[Array, moe.Balance | None]:
+    def block(x: Array, scanned: tuple[Layer, Any]) -> tuple[Array, tuple]:
         layer, window = scanned
         layer = quantized.dense(layer, x.dtype)
         cos_sin, window = _of_layer(config, ropes, window)
@@ -209,14 +236,15 @@ def hidden(
             q, k, v, causal=True, window=window, segment_ids=segment_ids, scale=config.scale,
             implementation=implementation,
         )  # fmt: skip
-        return after(x, out, layer)
+        x, balance = after(x, out, layer)
+        return x, (balance, (k, v) if keep else None)
 
     if remat == "full":
         block = jax.checkpoint(block, prevent_cse=apart)
     windows = _window_array(config)
     x = embed(params, config, tokens)
-    x, balance = jax.lax.scan(block, x, (params.layers, windows), unroll=unroll)
-    return norm(x, params.final_norm, config), balance
+    x, (balance, kept) = jax.lax.scan(block, x, (params.layers, windows), unroll=unroll)
+    return norm(x, params.final_norm, config), balance, kept
 
 
 def forward(

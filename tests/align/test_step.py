@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from align.config import RLConfig
-from align.step import batch_of, make_run
+from align.step import batch_of, create, make_run, make_step
+from jaxinfra.measure import compiles
+from jaxinfra.model import params as P
 from tests.align.tiny import (
     CONFIGS,
     MODEL,
@@ -37,6 +40,35 @@ def host_step(name, s, reward=None):
 
 
 slow = pytest.mark.slow
+
+
+def operations(layers: int) -> tuple[int, int]:
+    """Of GRPO's step: operations once every call is written out, and lines of its program."""
+
+    def count(jaxpr) -> int:
+        return sum(1 + sum(map(count, jaxprs_in_params(e.params))) for e in jaxpr.eqns)
+
+    model, config = MODEL.replace(num_layers=layers), CONFIGS["grpo"]
+    traced = jax.jit(make_step(config, model, TASK.reward)).trace(
+        jax.eval_shape(lambda params: create(config, params), P.abstract(model)), PROBLEMS
+    )
+    return count(traced.jaxpr.jaxpr), traced.lower().as_text().count(" = ")
+
+
+def test_a_step_grows_little_with_layers():
+    """Only decoding is written out, and its layers are traced once."""
+    (few, short), (many, long) = operations(2), operations(4)
+    assert 0 < many - few <= 2 * 150  # 136 a layer are as few as they were when this was written
+    assert 0 < long - short <= 2 * 40  # as were 33
+
+
+def test_steps_share_one_program():
+    """Of the first step alone something is compiled: prompts, answers and state keep their form."""
+    s, _ = step("grpo")(state("grpo"), PROBLEMS)
+    with compiles() as count:
+        for _ in range(2):
+            s, _ = step("grpo")(s, PROBLEMS)
+    assert count() == 0 and int(s.step) == 3
 
 
 @slow

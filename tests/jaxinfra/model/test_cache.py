@@ -159,6 +159,28 @@ def test_grown_cache_goes_on():
     assert error(np.asarray(kv.head(decode_params, config, x)), whole) < LIMIT
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe"])
+def test_a_prefill_in_one_scan_fills_the_same_cache(family):
+    config, params, tokens = setup(family)
+    lengths, copies = jnp.asarray([7, 4]), 3
+    run = jax.jit(kv.prefill, static_argnums=1, static_argnames=("capacity", "copies"))
+    x, found = run(params, config, tokens[:, :7], lengths, capacity=16, copies=copies)
+    y, cache = extend(
+        kv.unstack(params, config), config, tokens[:, :7], kv.empty(config, 2, 16), lengths=lengths
+    )
+    assert error(np.asarray(x), np.asarray(y)) < LIMIT
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(cache), strict=True):
+        assert error(np.asarray(one), np.repeat(other, copies, axis=0)) < LIMIT
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_weights_merged_in_a_program_are_those_merged_outside(family):
+    config, params, _ = setup(family)
+    inside = jax.jit(kv.unstack, static_argnums=1)(params, config)
+    same = jax.tree.map(np.array_equal, inside, kv.unstack(params, config))
+    assert all(jax.tree.leaves(same))
+
+
 def test_capacity_beyond_the_model():
     config, _, _ = setup("llama")
     with pytest.raises(UserError, match="capacity=129 exceeds max_seq_len=128"):
