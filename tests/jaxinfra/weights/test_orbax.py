@@ -21,7 +21,10 @@ def _equal(a, b) -> bool:
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f == "qwen3_moe" else pytest.mark.slow) for f in CONFIGS],
+)
 def test_save_then_load_gives_the_same_bits(tmp_path, family):
     config = CONFIGS[family]
     params = random_params(config, jnp.bfloat16)
