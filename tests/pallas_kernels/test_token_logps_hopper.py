@@ -205,7 +205,13 @@ SHAPES = {"D=1024": (8192, 1024, 151_936), "few rows": (3, 2048, 32_000), "V=264
 
 
 @pytest.mark.parametrize(
-    ("name", "soft_cap"), [*((name, None) for name in SHAPES), ("few rows", 30.0)]
+    ("name", "soft_cap"),
+    [
+        ("few rows", 30.0),
+        ("V=264", None),
+        pytest.param("few rows", None, marks=slow),
+        pytest.param("D=1024", None, marks=slow),
+    ],
 )
 @pytest.mark.parametrize("transpose_w", [False, True])
 def test_the_kernels_lower_for_the_chip(name, transpose_w, soft_cap):

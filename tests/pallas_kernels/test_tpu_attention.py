@@ -108,12 +108,14 @@ def test_a_window_known_when_compiled_shortens_the_loop():
     check(inputs(1, 390, 450, 2, 1, 64), causal=True, window=100, q_offset=50)
 
 
+@pytest.mark.slow
 def test_a_window_to_both_sides_and_logits_beyond_the_range_of_exp():
     q, k, v = inputs(1, 130, 257, 1, 1, 256)
     out, lse, *_ = check((100 * q, k, v), window=60, q_offset=9, bound=1e-4)
     assert np.max(lse) > 100 and np.isfinite(out).all()
 
 
+@pytest.mark.slow
 def test_one_query_and_many_keys():
     check(inputs(1, 1, 300, 4, 2, 64), causal=True, q_offset=290)
 
@@ -153,7 +155,10 @@ WRONG = {  # the mistake, and which results show it
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "soft cap left out" else ()) for n in WRONG],
+)
 def test_the_check_rejects(name, monkeypatch):
     mistake, shown = WRONG[name]
     monkeypatch.setattr(*mistake)
