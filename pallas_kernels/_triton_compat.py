@@ -43,7 +43,7 @@ def capability() -> int:
 
 
 def refusal(platform: str | None = None) -> str | None:
-    """Why a kernel that is called outside `shard_map` cannot run on arrays there, or None."""
+    """Why Triton's kernels cannot run on arrays there, or None if they can."""
     platform = platform or jax.default_backend()
     if platform not in ("gpu", "cuda"):
         return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
@@ -51,8 +51,6 @@ def refusal(platform: str | None = None) -> str | None:
         return reason
     if capability() < 80:
         return f"it needs a compute capability of 8.0 or more, not {capability() / 10}"
-    if jax.device_count() > 1:
-        return "XLA does not partition it"
     return None
 
 

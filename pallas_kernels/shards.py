@@ -20,6 +20,11 @@ def partitioned() -> bool:
     return jax.device_count() > 1 and not manual
 
 
+def refusal() -> str | None:
+    """Why a kernel that is only called outside `shard_map` cannot run here, or None if it can."""
+    return "XLA does not partition it" if jax.device_count() > 1 else None
+
+
 def alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays, each typed as different along every axis along which one of them is."""
     axes = frozenset[Any]().union(*map(_axes, arrays))

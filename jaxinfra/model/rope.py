@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxinfra.model.config import Rope
+from pallas_kernels.norm_rope import reference
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -44,7 +45,4 @@ def rotate(
     x: Float[Array, "B T N H"], cos_sin: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
 ) -> Float[Array, "B T N H"]:
     """Turns the pairs (x[i], x[i + H/2]) by their angles; computed in float32."""
-    cos, sin = cos_sin
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    out = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    return out.astype(x.dtype)
+    return reference.rotate(x.astype(jnp.float32), *cos_sin).astype(x.dtype)

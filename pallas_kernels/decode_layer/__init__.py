@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _triton_compat
+from pallas_kernels import _triton_compat, shards
 from pallas_kernels.decode_layer import triton
 
 __all__ = ["LayerWeights", "counters", "decode_layer", "supported"]
@@ -39,7 +39,7 @@ def supported(
     weights: LayerWeights, pages_shape: tuple[int, ...], pages_dtype, *, platform: str | None = None
 ) -> str | None:
     """Why the kernel cannot take such a layer over pages [P,K,page,H], or None if it can."""
-    if reason := _triton_compat.refusal(platform):
+    if reason := _triton_compat.refusal(platform) or shards.refusal():
         return reason
     _, K, _, H = pages_shape
     dtype = weights.qkv.dtype

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.norm_rope.reference import rotate
 from pallas_kernels.paged_attention import append, reference
+from pallas_kernels.rms_norm.reference import rms_norm
 
 
 def decode_layer(
@@ -30,19 +32,13 @@ def decode_layer(
     (_, K, _, H), N = k_pages.shape, w.o.shape[1] // k_pages.shape[3]
 
     def norm(x: Array, weight: Array | None) -> Array:
-        if weight is None:
-            return x
-        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps) * weight
-
-    def turned(x: Array) -> Array:
-        low, high = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+        return x if weight is None else rms_norm(x, weight, eps=eps)
 
     y = w.qkv @ norm(x, w.attn_norm)
     if w.qkv_bias is not None:
         y = y + w.qkv_bias
     q, k, v = jnp.split(y.reshape(N + 2 * K, H), [N, N + K])
-    q, k = turned(norm(q, w.q_norm)), turned(norm(k, w.k_norm))
+    q, k = rotate(norm(q, w.q_norm), cos, sin), rotate(norm(k, w.k_norm), cos, sin)
     slots = jnp.where(length > 0, slot, -1)[None]
     k_pages, v_pages = append(k_pages, k[None], slots), append(v_pages, v[None], slots)
     # The token sees itself whether or not it is kept.

@@ -78,13 +78,7 @@ def refusal(
     **_others,
 ) -> str | None:
     """Why Triton cannot take this call, or None if it can; every other option is taken."""
-    if platform not in ("gpu", "cuda"):
-        return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
-    if reason := _misfit(dtype, H, soft_cap, scale) or _triton_compat.missing():
-        return reason
-    if (capability := _triton_compat.capability()) < 80:
-        return f"the kernels need a compute capability of 8.0 or more, not {capability / 10}"
-    return None
+    return _misfit(dtype, H, soft_cap, scale) or _triton_compat.refusal(platform)
 
 
 def _misfit(dtype, H: int, soft_cap: float | None, scale: float | None) -> str | None:

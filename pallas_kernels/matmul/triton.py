@@ -38,15 +38,9 @@ FEW = 64  # large tiles that do not fill a GPU
 
 def refusal(*, platform: str, dtype) -> str | None:
     """Why Triton cannot multiply these matrices, or None if it can; all shapes are taken."""
-    if platform not in ("gpu", "cuda"):
-        return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
-    if reason := _triton_compat.missing():
-        return reason
-    if (capability := _triton_compat.capability()) < 80:
-        return f"the kernel needs a compute capability of 8.0 or more, not {capability / 10}"
-    return None
+    return _triton_compat.refusal(platform)
 
 
 def tiles(M: int, N: int) -> Tiles:

@@ -5,6 +5,7 @@ their rotation by position, in one pass.
 specification.
 """
 
-from pallas_kernels.norm_rope.product import IMPLEMENTATIONS, norm_rope, supported
+from pallas_kernels.norm_rope.product import norm_rope, supported
+from pallas_kernels.rms_norm.product import IMPLEMENTATIONS
 
 __all__ = ["IMPLEMENTATIONS", "norm_rope", "supported"]

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels import shards
+
 BLOCK = 2**16  # numbers of a block of q
 LARGEST = 2**15
 
@@ -31,7 +33,7 @@ def refusal(*, platform: str, N: int, K: int, H: int) -> str | None:
         return f"the kernels take a head width of a multiple of 128, not {H}"
     if max(N, K) * H > LARGEST:
         return f"the kernels take heads of {LARGEST} numbers in all, not {max(N, K)} of {H}"
-    return "XLA does not partition it" if jax.device_count() > 1 else None
+    return shards.refusal()
 
 
 def forward(

@@ -6,7 +6,6 @@ writes the gradients; forward the tables of angles add 2 / (itemsize (N + K)) of
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 from typing import Any
@@ -17,8 +16,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.batching import unmapped
 from pallas_kernels.norm_rope import mosaic_tpu, reference, triton
+from pallas_kernels.rms_norm.product import Call, refusal
 
-IMPLEMENTATIONS = ("mosaic_tpu", "triton", "xla")
 _BACKENDS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "triton": triton}
 _log = logging.getLogger(__name__)
 
@@ -27,14 +26,7 @@ def supported(
     implementation: str, N: int, K: int, H: int, dtype: Any, *, platform: str | None = None
 ) -> str | None:
     """Why `implementation` cannot take N and K heads of H numbers of `dtype`, or None if it can."""
-    if implementation not in IMPLEMENTATIONS:
-        return f"no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
-    if implementation == "xla":
-        return None
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize not in (2, 4):
-        return f"the kernels take floats of 16 and 32 bits, not {jnp.dtype(dtype).name}"
-    platform = platform or jax.default_backend()
-    return _BACKENDS[implementation].refusal(platform=platform, N=N, K=K, H=H)
+    return refusal(_BACKENDS, implementation, dtype, platform, N=N, K=K, H=H)
 
 
 def norm_rope(
@@ -57,7 +49,7 @@ def norm_rope(
       cos, sin: float32, of the angles of every position and pair; no kernel gives their gradients.
       q_norm, k_norm: both or neither.
       eps, plus_one: of the norms; see `rms_norm`.
-      implementation: one of IMPLEMENTATIONS, or None to choose, which is "xla" everywhere until
+      implementation: one of `rms_norm`'s, or None to choose, which is "xla" everywhere until
         another is timed on a chip.
 
     Raises ValueError: shapes that do not fit, or an implementation that refuses.
@@ -76,7 +68,7 @@ def norm_rope(
     if 0 in (*q.shape, *k.shape):
         raise ValueError(f"{given}, implementation={implementation!r}: it takes no empty array")
     angles = tuple(jnp.broadcast_to(a, (*q.shape[:2], 1, q.shape[3] // 2)) for a in (cos, sin))
-    return _norm_rope(_Call(implementation, eps, plus_one), (q, k), weights, angles)
+    return _norm_rope(Call(implementation, eps, plus_one), (q, k), weights, angles)
 
 
 def _check(q, k, cos, sin, q_norm, k_norm) -> str:
@@ -95,29 +87,17 @@ def _check(q, k, cos, sin, q_norm, k_norm) -> str:
     return given
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    implementation: str
-    eps: float
-    plus_one: bool
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Those of a backend and of the reference."""
-        return {"eps": self.eps, "plus_one": self.plus_one}
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm_rope(call: _Call, heads, weights, angles):
+def _norm_rope(call: Call, heads, weights, angles):
     return _run(call)(heads, weights, angles)
 
 
-def _forward(call: _Call, heads, weights, angles):
+def _forward(call: Call, heads, weights, angles):
     kept = heads if weights is not None else None
     return _run(call)(heads, weights, angles), (kept, weights, angles)
 
 
-def _backward(call: _Call, kept, slopes):
+def _backward(call: Call, kept, slopes):
     heads, weights, angles = kept
     if weights is None:  # a rotation's gradient is the rotation back
         cos, sin = angles
@@ -129,7 +109,7 @@ _norm_rope.defvjp(_forward, _backward)
 
 
 @functools.cache
-def _run(call: _Call) -> Any:
+def _run(call: Call) -> Any:
     """(q, k) after norms and rotation."""
 
     def kernel(heads, weights, angles):
@@ -141,7 +121,7 @@ def _run(call: _Call) -> Any:
 
 
 @functools.cache
-def _run_back(call: _Call) -> Any:
+def _run_back(call: Call) -> Any:
     """Gradients of (q, k) before norms and rotation, and of the norms' weights."""
 
     def kernel(heads, weights, angles, slopes):
@@ -157,7 +137,7 @@ def _run_back(call: _Call) -> Any:
     return unmapped(kernel, plain)
 
 
-def _plain(call: _Call, heads, weights, angles):
+def _plain(call: Call, heads, weights, angles):
     return reference.norm_rope(*heads, *angles, *(weights or (None, None)), **call.options)
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import _compat, _triton_compat
+from pallas_kernels import _compat, _triton_compat, shards
 
 LARGEST = 2**14  # numbers of a position's query heads
 
@@ -37,7 +37,7 @@ class Config:
 
 def refusal(*, platform: str, N: int, K: int, H: int) -> str | None:
     """Why Triton cannot take such heads, or None if it can."""
-    if reason := _triton_compat.refusal(platform):
+    if reason := _triton_compat.refusal(platform) or shards.refusal():
         return reason
     if _power(max(N, K)) * _power(H) > LARGEST:
         return f"the kernels take heads of {LARGEST} numbers in all, not {max(N, K)} of {H}"

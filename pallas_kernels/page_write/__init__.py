@@ -8,10 +8,10 @@ a row of the projection once. `reference.py` is the specification.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _triton_compat
+from pallas_kernels import _triton_compat, shards
 from pallas_kernels.page_write import triton
+from pallas_kernels.page_write.triton import page_write
 
 __all__ = ["page_write", "supported"]
 
@@ -21,7 +21,7 @@ def supported(
     platform: str | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot write such rows [T, qkv_width] into pages [P,K,page,H], or None."""
-    if reason := _triton_compat.refusal(platform):
+    if reason := _triton_compat.refusal(platform) or shards.refusal():
         return reason
     _, K, _, H = pages_shape
     if jnp.dtype(qkv_dtype) not in (jnp.bfloat16, jnp.float16) or pages_dtype != qkv_dtype:
@@ -31,29 +31,3 @@ def supported(
     if triton.power(qkv_width // H - K) * H > triton.LARGEST:
         return f"the kernel takes {triton.LARGEST} numbers of queries and keys, not {qkv_width}"
     return None
-
-
-def page_write(
-    qkv: Float[Array, "T r"],
-    k_pages: Float[Array, "P K page H"],
-    v_pages: Float[Array, "P K page H"],
-    cos: Float[Array, "T h"],
-    sin: Float[Array, "T h"],
-    slots: Int[Array, " T"],
-    *,
-    bias: Float[Array, " r"] | None = None,
-    norms: tuple[Float[Array, " H"], Float[Array, " H"]] | None = None,
-    eps: float = 0.0,
-    plus_one: bool = False,
-) -> tuple[Array, Array, Array]:
-    """(q [T, N, H], k_pages, v_pages), the pages in the buffers they came in.
-
-    Args:
-      qkv: r = (N + 2K) H: queries, keys and values of T tokens as one projection gives them.
-      cos, sin: float32, of each token's position, h = H / 2.
-      slots: where a token's key and value go, page times size plus place; below zero nowhere.
-      norms: weights of the norms of queries and of keys over H; plus_one: they count from 1.
-    """
-    return triton.launch(
-        qkv, k_pages, v_pages, cos, sin, slots, bias, norms, eps=eps, plus_one=plus_one
-    )

@@ -10,20 +10,27 @@ from pallas_kernels import _triton_compat
 LARGEST = 2**14  # numbers of a token's queries and keys
 
 
-def launch(
+def page_write(
     qkv: Float[Array, "T r"],
     k_pages: Float[Array, "P K page H"],
     v_pages: Float[Array, "P K page H"],
     cos: Float[Array, "T h"],
     sin: Float[Array, "T h"],
     slots: Int[Array, " T"],
-    bias: Float[Array, " r"] | None,
-    norms: tuple[Float[Array, " H"], Float[Array, " H"]] | None,
     *,
-    eps: float,
-    plus_one: bool,
+    bias: Float[Array, " r"] | None = None,
+    norms: tuple[Float[Array, " H"], Float[Array, " H"]] | None = None,
+    eps: float = 0.0,
+    plus_one: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """(q [T, N, H], k_pages, v_pages), the pages in the buffers they came in."""
+    """(q [T, N, H], k_pages, v_pages), the pages in the buffers they came in.
+
+    Args:
+      qkv: r = (N + 2K) H: queries, keys and values of T tokens as one projection gives them.
+      cos, sin: float32, of each token's position, h = H / 2.
+      slots: where a token's key and value go, page times size plus place; below zero nowhere.
+      norms: weights of the norms of queries and of keys over H; plus_one: they count from 1.
+    """
     from pallas_kernels.page_write import triton_source
 
     (T, R), (_, K, page, H) = qkv.shape, k_pages.shape

@@ -58,13 +58,10 @@ def refusal(
     **_others,
 ) -> str | None:
     """Why Triton cannot take this call, or None if it can."""
-    if platform not in ("gpu", "cuda"):
-        return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
-    reason = _misfit(dtype, pages_dtype, H, scale, soft_cap) or _triton_compat.missing()
-    if reason:
+    misfit = _misfit(dtype, pages_dtype, H, scale, soft_cap)
+    if reason := misfit or _triton_compat.refusal(platform):
         return reason
-    if (capability := _triton_compat.capability()) < 80:
-        return f"the kernels need a compute capability of 8.0 or more, not {capability / 10}"
+    capability = _triton_compat.capability()
     if jnp.dtype(pages_dtype).name == "float8_e4m3fn" and capability < 89:
         return f"pages of float8_e4m3fn need compute capability 8.9 or more, not {capability / 10}"
     return None

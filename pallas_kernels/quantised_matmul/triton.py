@@ -56,15 +56,7 @@ def _splits(most: int, programs: int, N: int, block_n: int) -> int:
 
 def refusal(*, platform: str, dtype, rows: int, group: int) -> str | None:
     """Why Triton cannot multiply `rows` rows of `dtype`, or None if it can."""
-    if platform not in ("gpu", "cuda"):
-        return f"Triton needs an NVIDIA GPU, and arrays are on {platform}"
-    if reason := _misfit(dtype, rows, group):
-        return reason
-    if reason := _triton_compat.missing():
-        return reason
-    if (capability := _triton_compat.capability()) < 80:
-        return f"the kernel needs a compute capability of 8.0 or more, not {capability / 10}"
-    return None
+    return _misfit(dtype, rows, group) or _triton_compat.refusal(platform)
 
 
 def _misfit(dtype, rows: int, group: int) -> str | None:

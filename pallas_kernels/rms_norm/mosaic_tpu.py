@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels import shards
+
 BLOCK = 2**17  # numbers of a block: six of 2 MB at the most, in two slots, beside float32 ones
 LONGEST = 2**14
 
@@ -29,7 +31,7 @@ def refusal(*, platform: str, D: int) -> str | None:
         return f"the TPU's kernels need a TPU, and arrays are on {platform}"
     if D > LONGEST:
         return f"the kernels take rows of up to {LONGEST}, not {D}"
-    return "XLA does not partition it" if jax.device_count() > 1 else None
+    return shards.refusal()
 
 
 def forward(

@@ -28,14 +28,20 @@ def supported(
     implementation: str, D: int, dtype: Any, *, platform: str | None = None
 ) -> str | None:
     """Why `implementation` cannot norm rows of D numbers of `dtype` here, or None if it can."""
+    return refusal(_BACKENDS, implementation, dtype, platform, D=D)
+
+
+def refusal(
+    backends: dict[str, Any], implementation: str, dtype: Any, platform: str | None, **sizes: int
+) -> str | None:
+    """Why `implementation`, "xla" or one of `backends`, cannot take such arrays, or None."""
     if implementation not in IMPLEMENTATIONS:
         return f"no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}"
     if implementation == "xla":
         return None
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize not in (2, 4):
         return f"the kernels take floats of 16 and 32 bits, not {jnp.dtype(dtype).name}"
-    platform = platform or jax.default_backend()
-    return _BACKENDS[implementation].refusal(platform=platform, D=D)
+    return backends[implementation].refusal(platform=platform or jax.default_backend(), **sizes)
 
 
 def rms_norm(
@@ -80,20 +86,21 @@ def add_rms_norm(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
+    """Which implementation, and what it and the reference are told."""
+
     implementation: str
     eps: float
     plus_one: bool
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of a backend and of the reference."""
         return {"eps": self.eps, "plus_one": self.plus_one}
 
 
 def _call(
     x: Array, residual: Array | None, weight: Array, eps: float, plus_one: bool, asked: str | None
-) -> _Call:
+) -> Call:
     given = f"rms_norm: x{x.shape}, weight{weight.shape}"
     if x.ndim < 1 or weight.shape[-1:] != x.shape[-1:] or weight.ndim > x.ndim:
         raise ValueError(f"{given}; want [..., D] and [D]")
@@ -103,26 +110,26 @@ def _call(
         )
     if asked is None:
         _log.debug("%s: xla; no shape was timed on a chip yet", given)
-        return _Call("xla", eps, plus_one)
+        return Call("xla", eps, plus_one)
     reason = supported(asked, x.shape[-1], x.dtype)
     if reason is None and asked != "xla" and (weight.ndim != 1 or 0 in x.shape):
         reason = "it takes a weight [D] and no empty array"
     if reason:
         raise ValueError(f"{given}, implementation={asked!r}: {reason}")
-    return _Call(asked, eps, plus_one)
+    return Call(asked, eps, plus_one)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm(call: _Call, x, residual, weight):
+def _norm(call: Call, x, residual, weight):
     return _run(call)(x, residual, weight)
 
 
-def _forward(call: _Call, x, residual, weight):
+def _forward(call: Call, x, residual, weight):
     total, out = _run(call)(x, residual, weight)
     return (total, out), (total, weight, residual is not None)
 
 
-def _backward(call: _Call, kept, cotangents):
+def _backward(call: Call, kept, cotangents):
     total, weight, added = kept
     dx, dweight = _run_back(call)(total, weight, *cotangents)
     return dx, dx if added else None, dweight
@@ -132,7 +139,7 @@ _norm.defvjp(_forward, _backward)
 
 
 @functools.cache
-def _run(call: _Call) -> Any:
+def _run(call: Call) -> Any:
     """(sum, norm) of x, what is added to it or None, and the weight."""
 
     def kernel(x, residual, weight):
@@ -149,7 +156,7 @@ def _run(call: _Call) -> Any:
 
 
 @functools.cache
-def _run_back(call: _Call) -> Any:
+def _run_back(call: Call) -> Any:
     """Gradients of the sum and the weight by what came back of sum and norm."""
 
     def kernel(total, weight, dtotal, dout):

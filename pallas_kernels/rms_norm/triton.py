@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import _compat, _triton_compat
+from pallas_kernels import _compat, _triton_compat, shards
 
 LONGEST = 2**13
 
@@ -38,7 +38,7 @@ class Config:
 
 def refusal(*, platform: str, D: int) -> str | None:
     """Why Triton cannot norm such rows, or None if it can."""
-    if reason := _triton_compat.refusal(platform):
+    if reason := _triton_compat.refusal(platform) or shards.refusal():
         return reason
     return None if D <= LONGEST else f"the kernels take rows of up to {LONGEST}, not {D}"
 

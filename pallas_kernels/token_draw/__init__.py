@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _triton_compat
+from pallas_kernels import _triton_compat, shards
 
 __all__ = ["draw", "supported"]
 
@@ -20,7 +20,7 @@ BLOCK = 4096
 
 def supported(logits_shape: tuple[int, ...], *, platform: str | None = None) -> str | None:
     """Why the kernel cannot draw from logits [S, V], or None if it can."""
-    if reason := _triton_compat.refusal(platform):
+    if reason := _triton_compat.refusal(platform) or shards.refusal():
         return reason
     if logits_shape[1] > BLOCK * 256:
         return f"the kernel takes {BLOCK * 256} logits a row, not {logits_shape[1]}"

@@ -40,11 +40,9 @@ def test_the_kernel_is_asked_for_what_the_models_pieces_give(monkeypatch, form):
     monkeypatch.setattr(page_write, "supported", lambda *_, **__: None)
     calls = []
 
-    def by_reference(qkv, k, v, cos, sin, slots, *, bias, norms, eps, plus_one):
+    def by_reference(*arrays, norms, **options):
         calls.append(norms is not None)
-        return reference.page_write(
-            qkv, k, v, cos, sin, slots, bias, norms, eps=eps, plus_one=plus_one
-        )
+        return reference.page_write(*arrays, norms=norms, **options)
 
     monkeypatch.setattr(page_write, "page_write", by_reference)
     for got, expected in zip(written(FORMS[form]), want, strict=True):

@@ -4,7 +4,6 @@ Run as a program, this file is the interpreter's process: TRITON_INTERPRET is re
 imported.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +31,15 @@ MISTAKES = {
     "a run left out": ("live = splits * run < length", "live = splits * run + run < length"),
     "norm left out": ("acc *= 1 / tl.sqrt(", "acc *= 1 + 0 * tl.sqrt("),
 }
+
+
+CASES = {f"norms {place}": {"form": "norms", "place": place} for place in PLACES}
+CASES["biases within"] = {"form": "biases", "place": "within"}
+answers = triton_process.answers(__name__, CASES)
+mistaken = triton_process.answers(
+    __name__,
+    {name: {**CASES["norms within"], "replace": pair} for name, pair in MISTAKES.items()},
+)
 
 
 def arguments(form: dict, length: int, kept: bool) -> dict[str, Any]:
@@ -77,20 +85,17 @@ def wanted(form: dict, length: int, kept: bool) -> list[np.ndarray]:
 
 
 @interpreted
-def test_interpreted_it_is_the_mathematics(tmp_path):
-    jobs = [(form, place) for form in FORMS for place in PLACES]
-    made = in_interpreter(tmp_path, [{"form": f, "place": p} for f, p in jobs])
-    for (form, place), found in zip(jobs, made, strict=True):
-        for got, want in zip(found, wanted(FORMS[form], *PLACES[place]), strict=True):
-            np.testing.assert_allclose(got, want, atol=2e-5, err_msg=f"{form} {place}")
+def test_interpreted_it_is_the_mathematics(answers):
+    for name, job in CASES.items():
+        for part, want in enumerate(wanted(FORMS[job["form"]], *PLACES[job["place"]])):
+            np.testing.assert_allclose(answers[name][str(part)], want, atol=2e-5, err_msg=name)
 
 
 @interpreted
-def test_a_mistake_shows(tmp_path):
-    jobs = [{"form": "norms", "place": "within", "replace": pair} for pair in MISTAKES.values()]
+def test_a_mistake_shows(mistaken):
     want = wanted(FORMS["norms"], *PLACES["within"])
-    for mistake, found in zip(MISTAKES, in_interpreter(tmp_path, jobs), strict=True):
-        assert not np.allclose(found[0], want[0], atol=1e-3), mistake
+    for mistake in MISTAKES:
+        assert not np.allclose(mistaken[mistake]["0"], want[0], atol=1e-3), mistake
 
 
 def test_what_it_refuses(monkeypatch):
@@ -145,12 +150,6 @@ KINDS = {f"{name}_ptr": "*fp32" for name in FLOATS} | {
 }  # fmt: skip
 
 
-def in_interpreter(folder: Path, jobs: list[dict]) -> list[list[np.ndarray]]:
-    """x, k_pages and v_pages of each job."""
-    found = triton_process.ask("tests.pallas_kernels.test_decode_layer", folder, jobs)
-    return [[found[f"{i} {part}"] for part in range(3)] for i in range(len(jobs))]
-
-
 if __name__ == "__main__":
     import torch
 
@@ -168,10 +167,9 @@ if __name__ == "__main__":
     task = triton_process.mend()
     _triton_compat.call = call
     small = backend.Config(tile=64, columns=16, keys=16)
-    answers = {}
-    for number, job in enumerate(task["jobs"]):
+
+    def run(job: dict) -> dict[str, np.ndarray]:
         scratch.clear()
-        triton_process.plant(decode_layer, task, number, job.get("replace"))
         form = FORMS[job["form"]]
         given = arguments(form, *PLACES[job["place"]])
         facts = jnp.stack([given.pop("length"), given.pop("slot")])
@@ -183,5 +181,6 @@ if __name__ == "__main__":
                 phases=(phase, phase), **OPTIONS,
             )  # fmt: skip
         assert not np.any(state[3]), "counters are left"
-        answers |= {f"{number} {part}": np.asarray(state[part]) for part in range(3)}
-    np.savez(task["answer"], **answers)
+        return {str(part): np.asarray(state[part]) for part in range(3)}
+
+    triton_process.answer(decode_layer, task, run)

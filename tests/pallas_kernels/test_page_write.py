@@ -4,8 +4,6 @@ Run as a program, this file is the interpreter's process: TRITON_INTERPRET is re
 imported.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 
 from pallas_kernels import _triton_compat, page_write
 from pallas_kernels.page_write import reference
-from pallas_kernels.page_write import triton as backend
 from tests.pallas_kernels import triton_process
 from tests.pallas_kernels.test_triton import build, compiled, interpreted, on_cuda, spilled
 
@@ -32,6 +29,11 @@ MISTAKES = {
     "keys for values": ("(N + K + key)[:, None]", "(N + key)[:, None]"),
 }  # fmt: skip
 OPTIONS = {"eps": 1e-3}
+answers = triton_process.answers(
+    __name__,
+    {name: {"case": name} for name in CASES}
+    | {name: {"case": "norms", "replace": pair} for name, pair in MISTAKES.items()},
+)
 
 
 def arguments(name: str) -> dict:
@@ -60,26 +62,23 @@ def wanted(name: str) -> list[np.ndarray]:
     return [np.asarray(a) for a in reference.page_write(**arguments(name), **OPTIONS)]
 
 
-def equal(found: list[np.ndarray], name: str) -> bool:
+def equal(found: dict[str, np.ndarray], name: str) -> bool:
     return all(
-        np.allclose(got, want, atol=2e-5, equal_nan=True)
-        for got, want in zip(found, wanted(name), strict=True)
+        np.allclose(found[str(i)], want, atol=2e-5, equal_nan=True)
+        for i, want in enumerate(wanted(name))
     )
 
 
 @interpreted
-def test_interpreted_it_is_the_specification(tmp_path):
-    for name, found in zip(
-        CASES, in_interpreter(tmp_path, [{"case": n} for n in CASES]), strict=True
-    ):
-        assert equal(found, name), name
+def test_interpreted_it_is_the_specification(answers):
+    for name in CASES:
+        assert equal(answers[name], name), name
 
 
 @interpreted
-def test_a_mistake_shows(tmp_path):
-    jobs = [{"case": "norms", "replace": pair} for pair in MISTAKES.values()]
-    for mistake, found in zip(MISTAKES, in_interpreter(tmp_path, jobs), strict=True):
-        assert not equal(found, "norms"), mistake
+def test_a_mistake_shows(answers):
+    for mistake in MISTAKES:
+        assert not equal(answers[mistake], "norms"), mistake
 
 
 @compiled
@@ -117,17 +116,13 @@ def test_what_it_refuses(monkeypatch):
 
     assert "cpu" in (page_write.supported("float16", 64, (1, 1, 8, 16), "float16") or "")
     monkeypatch.setattr(_triton_compat, "refusal", lambda platform: None)
+    assert "partition" in refusal()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert refusal() == ""
     assert "float32" in refusal(dtype=jnp.float32)
     assert "int8" in refusal(pages=jnp.int8)
     assert "not 96" in refusal(shape=(9, 8, 16, 96))
     assert "16384" in refusal(width=2**15)
-
-
-def in_interpreter(folder: Path, jobs: list[dict]) -> list[list[np.ndarray]]:
-    """q and pages of each job."""
-    found = triton_process.each("tests.pallas_kernels.test_page_write", folder, jobs)
-    return [[made[str(i)] for i in range(3)] for made in found]
 
 
 if __name__ == "__main__":
@@ -144,7 +139,7 @@ if __name__ == "__main__":
     _triton_compat.call = call
 
     def run(job: dict) -> dict[str, np.ndarray]:
-        made = backend.launch(**arguments(job["case"]), **OPTIONS)
+        made = page_write.page_write(**arguments(job["case"]), **OPTIONS)
         return {str(i): np.asarray(x) for i, x in enumerate(made)}
 
     triton_process.answer(page_write, task, run)

@@ -1,10 +1,8 @@
 """Attention over pages by Triton: interpreted on a CPU, compiled for three GPUs, lowered from JAX.
 
 Run as a program, this file is the interpreter's process: TRITON_INTERPRET is read when triton is
-imported. It takes all its jobs at once.
+imported.
 """
-
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from tests.pallas_kernels import triton_process
 from tests.pallas_kernels.paged_cases import CASES, QUANTISED, SINKS, Batch, in_other_company
 from tests.pallas_kernels.test_triton import (
     GENERATIONS,
+    build,
     compiled,
     interpreted,
     on_cuda,
@@ -27,7 +26,6 @@ __all__ = ["on_cuda"]  # a fixture
 
 # Python 3.13 finds fault with how triton builds syntax trees.
 pytestmark = pytest.mark.filterwarnings("ignore:AnnAssign:DeprecationWarning")
-ROOT = Path(backend.__file__).parents[2]
 
 # Mistakes planted in the source, and a case that shows each.
 MISTAKES = {
@@ -42,45 +40,44 @@ MISTAKES = {
 }  # fmt: skip
 
 
-def in_interpreter(folder: Path, *jobs: dict) -> list[np.ndarray]:
-    """The outputs of jobs."""
-    module = "tests.pallas_kernels.test_paged_attention_triton"
-    outputs = triton_process.ask(module, folder, list(jobs))
-    return [outputs[str(i)] for i in range(len(jobs))]
-
-
 def batch_of(name: str) -> Batch:
     return Batch(**{**CASES, **QUANTISED}[name])
 
 
-@interpreted
-def test_interpreted_it_is_the_mathematics(tmp_path):
-    names = [*CASES, *QUANTISED]
-    jobs = [{"case": name, "invariant": flag} for name in names for flag in (False, True)]
-    for job, found in zip(jobs, in_interpreter(tmp_path, *jobs), strict=True):
-        np.testing.assert_allclose(
-            found, batch_of(job["case"]).wanted(), atol=2e-5, err_msg=str(job)
-        )
-
-
-@interpreted
-@pytest.mark.slow
-def test_a_mistake_shows(tmp_path):
-    jobs = [{"case": name, "replace": replace} for name, *replace in MISTAKES.values()]
-    for mistake, job, found in zip(MISTAKES, jobs, in_interpreter(tmp_path, *jobs), strict=True):
-        wanted = batch_of(job["case"]).wanted()
-        assert not np.allclose(found, wanted, atol=1e-3), mistake
-
-
 COMPANY = {"page": 8, "options": {"window": 19} | SINKS}
+COMPANIES = in_other_company(37, **COMPANY)
+RIGHT = {
+    f"{name}, {invariant=}": {"case": name, "invariant": invariant}
+    for name in (*CASES, *QUANTISED)
+    for invariant in (False, True)
+}
+answers = triton_process.answers(__name__, RIGHT)
+others = triton_process.answers(
+    __name__,
+    {name: {"case": of, "replace": pair} for name, (of, *pair) in MISTAKES.items()}
+    | {f"company {i}": {"company": i, "invariant": True} for i in range(len(COMPANIES))},
+)
 
 
 @interpreted
-def test_bits_depend_on_the_row_alone(tmp_path):
-    batches = in_other_company(37, **COMPANY)
-    jobs = [{"company": i, "invariant": True} for i in range(len(batches))]
+def test_interpreted_it_is_the_mathematics(answers):
+    for name, job in RIGHT.items():
+        wanted = batch_of(job["case"]).wanted()
+        np.testing.assert_allclose(answers[name]["out"], wanted, atol=2e-5, err_msg=name)
+
+
+@interpreted
+def test_a_mistake_shows(others):
+    for mistake, (name, *_) in MISTAKES.items():
+        wanted = batch_of(name).wanted()
+        assert not np.allclose(others[mistake]["out"], wanted, atol=1e-3), mistake
+
+
+@interpreted
+def test_bits_depend_on_the_row_alone(others):
     known = {}
-    for (_, at, position, n), found in zip(batches, in_interpreter(tmp_path, *jobs), strict=True):
+    for i, (_, at, position, n) in enumerate(COMPANIES):
+        found = others[f"company {i}"]["out"]
         for i in range(n):
             bits = found[at + i].tobytes()
             assert known.setdefault(position + i, bits) == bits, position + i
@@ -94,33 +91,15 @@ PLAIN = {"WINDOW": None, "SOFT_CAP": None, "QUANTISED": False, "SINKS": False}
 EVERYTHING = {"WINDOW": 500, "SOFT_CAP": 30.0, "QUANTISED": True, "SINKS": True}
 
 
-def build(kernel, capability: int, pages: str, num_warps: int, num_stages: int, **constants):
-    """A kernel compiled by Triton down to machine code for a GPU that need not be here."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kinds = KINDS | {"k_ptr": pages, "v_ptr": pages}
-    if constants.get("SPLITS", 1) > 1:
-        kinds["out_ptr"] = "*fp32"
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature = {n: "constexpr" if n in constants else kinds.get(n, "*bf16") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
-    source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
 @compiled
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize(
     ("H", "pages", "options"),
     [
         (64, "*bf16", PLAIN),
-        pytest.param(128, "*i8", EVERYTHING, marks=pytest.mark.slow),
-        pytest.param(128, "*fp8e4nv", EVERYTHING, marks=pytest.mark.slow),
-        pytest.param(256, "*bf16", EVERYTHING | {"QUANTISED": False}, marks=pytest.mark.slow),
+        (128, "*i8", EVERYTHING),
+        (128, "*fp8e4nv", EVERYTHING),
+        (256, "*bf16", EVERYTHING | {"QUANTISED": False}),
     ],
 )
 def test_it_compiles(tmp_path, monkeypatch, capability, H, pages, options):
@@ -129,12 +108,14 @@ def test_it_compiles(tmp_path, monkeypatch, capability, H, pages, options):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from pallas_kernels.paged_attention import triton_source
 
+    kinds = KINDS | {"k_ptr": pages, "v_ptr": pages}
     fixed = {"N": 8, "K": 2, "H": H, "PAGE": 16, "SCALE": 0.1, "SPLIT": 512, "PRECISION": "tf32"}
     for decode in (True, False):
         config = backend.DECODE if decode else backend.CHUNKS
         rows, keys = backend._tiles(4, 2 * H, decode, config)
+        splits = {"out_ptr": "*fp32"} if decode else {}
         built = build(
-            triton_source.attend, capability, pages, config.warps, config.stages,
+            triton_source.attend, capability, config.warps, config.stages, kinds | splits,
             SPLITS=8 if decode else 1,
             BLOCK_M=rows, BLOCK_KV=keys, **fixed, **options,
         )  # fmt: skip
@@ -143,8 +124,8 @@ def test_it_compiles(tmp_path, monkeypatch, capability, H, pages, options):
         shared = built.metadata.shared
         print(f"{capability / 10}, H={H}, {pages}, {decode=}: spills {spills}, shared {shared}")
         assert spills <= 512
-    assert spilled(build(triton_source.merge, capability, pages, 1, 1, **fixed, **options),
-                   tmp_path) == 0  # fmt: skip
+    merge = build(triton_source.merge, capability, 1, 1, kinds, **fixed, **options)
+    assert spilled(merge, tmp_path) == 0
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -222,16 +203,12 @@ if __name__ == "__main__":
     _triton_compat.call = call
     backend._tiles = lambda *_: (16, 8)
     small = backend.Config(split=8)
-    answers = {}
-    for number, job in enumerate(task["jobs"]):
-        triton_process.plant(paged_attention, task, number, job.get("replace"))
-        batch = (
-            in_other_company(37, **COMPANY)[job["company"]][0]
-            if "company" in job
-            else (batch_of(job["case"]))
-        )
+
+    def run(job: dict) -> dict[str, np.ndarray]:
+        batch = COMPANIES[job["company"]][0] if "company" in job else batch_of(job["case"])
         arrays, options = batch.arguments()
         invariant = job.get("invariant", False)
         out = backend.paged_attention(*arrays, **options, invariant=invariant, config=small)
-        answers[str(number)] = np.asarray(out)
-    np.savez(task["answer"], **answers)
+        return {"out": np.asarray(out)}
+
+    triton_process.answer(paged_attention, task, run)

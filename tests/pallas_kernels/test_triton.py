@@ -5,13 +5,9 @@ this file is the interpreter's process: TRITON_INTERPRET is read when triton is 
 """
 
 import importlib.util
-import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +19,11 @@ from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention import triton as attention_backend
 from pallas_kernels.matmul import reference as matmul_reference
 from pallas_kernels.matmul import triton as matmul_backend
+from tests.pallas_kernels import triton_process
 
 # Python 3.13 finds fault with how triton builds syntax trees.
 pytestmark = pytest.mark.filterwarnings("ignore:AnnAssign:DeprecationWarning")
 
-KERNELS = Path(attention_backend.__file__).parents[1]
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("triton", "torch")}
 _interpreted = pytest.mark.skipif(
     not all(HAS.values()), reason="Triton's interpreter needs triton and torch: pip install both"
@@ -36,8 +32,8 @@ _compiled = pytest.mark.skipif(not HAS["triton"], reason="needs triton: pip inst
 
 
 def interpreted(test):
-    """A test of `make parity`, where Triton and torch are installed."""
-    return pytest.mark.live(_interpreted(test))
+    """A test of `make parity`, where Triton and torch are installed; the first waits for all jobs."""
+    return pytest.mark.timeout(900)(pytest.mark.live(_interpreted(test)))
 
 
 def compiled(test):
@@ -49,7 +45,7 @@ N, K, H = 4, 2, 16
 
 # T, S, options
 CASES = {
-    "causal": (37, 37, {"causal": True}),
+    "causal": (21, 21, {"causal": True}),
     "full": (21, 27, {"scale": 0.5}),
     "segments and sinks": (
         29, 29, {"causal": True, "sinks": [0.5, -1.0, 2.0, -np.inf],
@@ -61,8 +57,6 @@ CASES = {
         18, 26, {"causal": True, "window": 9, "q_offset": [8, -7]},
     ),
 }  # fmt: skip
-
-FAST = "window, rows that see nothing"
 
 # Mistakes planted in the source, and a case that shows each.
 MISTAKES = {
@@ -96,50 +90,43 @@ def results(attention, name: str) -> dict[str, np.ndarray]:
     return {n: np.asarray(x) for n, x in {**arrays, "dsinks": dsinks}.items() if x is not None}
 
 
-def in_interpreter(folder: Path, job: dict) -> dict[str, np.ndarray]:
-    """Runs this file as a program on `job`; the arrays it leaves."""
-    job = {**job, "answer": str(folder / "answer.npz")}
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_triton", json.dumps(job)]
-    root = KERNELS.parent
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with np.load(job["answer"]) as answer:
-        return dict(answer)
-
-
-@interpreted
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == FAST else pytest.mark.slow) for name in sorted(CASES)],
+SHAPES = [(33, 40, 21), (48, 32, 64)]  # of products
+answers = triton_process.answers(
+    __name__,
+    {name: {"case": name} for name in CASES} | {str(shape): {"shape": shape} for shape in SHAPES},
 )
-def test_attention_interpreted(tmp_path, name):
-    got = in_interpreter(tmp_path, {"case": name})
-    want = results(reference.attention, name)
-    assert got.keys() == want.keys()
-    for part in want:
-        np.testing.assert_allclose(got[part], want[part], atol=2e-5, err_msg=part)
+mistaken = triton_process.answers(
+    __name__, {name: {"case": of, "replace": pair} for name, (of, *pair) in MISTAKES.items()}
+)
 
 
 @interpreted
-@pytest.mark.slow
-@pytest.mark.parametrize("mistake", sorted(MISTAKES))
-def test_a_mistake_shows(tmp_path, mistake):
-    name, right, wrong = MISTAKES[mistake]
-    got = in_interpreter(tmp_path, {"case": name, "replace": [right, wrong]})
-    want = results(reference.attention, name)
-    assert not all(np.allclose(got[part], want[part], atol=2e-5) for part in want)
+def test_attention_interpreted(answers):
+    for name in CASES:
+        got, want = answers[name], results(reference.attention, name)
+        assert got.keys() == want.keys()
+        for part in want:
+            np.testing.assert_allclose(got[part], want[part], atol=2e-5, err_msg=f"{name}: {part}")
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(33, 40, 21), (48, 32, 64)])
-def test_matmul_interpreted(tmp_path, shape):
-    M, width, columns = shape
+def test_a_mistake_shows(mistaken):
+    for mistake, (name, *_) in MISTAKES.items():
+        got, want = mistaken[mistake], results(reference.attention, name)
+        assert not all(np.allclose(got[part], want[part], atol=2e-5) for part in want), mistake
+
+
+def factors(M, width, columns):
     rng = np.random.default_rng(0)
-    a = jnp.asarray(rng.standard_normal((M, width)), jnp.float16)
-    b = jnp.asarray(rng.standard_normal((width, columns)), jnp.float16)
-    got = in_interpreter(tmp_path, {"a": a.tolist(), "b": b.tolist()})["out"]
-    np.testing.assert_allclose(got, matmul_reference.matmul(a, b), rtol=2e-3, atol=1e-4)
+    shapes = (M, width), (width, columns)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float16) for shape in shapes]
+
+
+@interpreted
+def test_matmul_interpreted(answers):
+    for shape in SHAPES:
+        want = matmul_reference.matmul(*factors(*shape))
+        np.testing.assert_allclose(answers[str(shape)]["out"], want, rtol=2e-3, atol=1e-4)
 
 
 GENERATIONS = {"ada": (89, 101_376), "ampere": (80, 166_912), "hopper": (90, 232_448)}
@@ -184,13 +171,8 @@ def spilled(built, folder: Path) -> int:
 @pytest.mark.parametrize("generation", sorted(GENERATIONS))
 @pytest.mark.parametrize(
     ("H", "options"),
-    [
-        pytest.param(H, options, id=f"{H}-{name}",
-                     marks=[] if (H, name) == (128, "plain") else pytest.mark.slow)
-        for H in sorted(attention_backend.TILES["hopper"])
-        for name, options in (("plain", PLAIN), ("every option", EVERYTHING))
-    ],
-)  # fmt: skip
+    [(128, PLAIN), *((H, EVERYTHING) for H in sorted(attention_backend.TILES["hopper"]))],
+)
 def test_attention_compiles(tmp_path, monkeypatch, generation, H, options):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from pallas_kernels.flash_attention import triton_source
@@ -332,47 +314,17 @@ def test_every_capability_has_tiles():
 
 
 if __name__ == "__main__":
-    import torch
-    from triton.runtime import interpreter
+    task = triton_process.mend()
+    triton_process.stand_in(_triton_compat)
+    attention_backend._misfit = lambda *_: None  # float32 and H=16: small and exact
+    attention_backend.SECTION_BYTES = 5000  # sections of some heads, not of all
+    small = attention_backend.Tiles(16, 8, 4, 2)
+    attention_backend.TILES["hopper"][H] = attention_backend.Passes(small, small, small)
+    matmul_backend.SMALL = matmul_backend.Tiles(16, 16, 16, 2, 4, 2)
 
-    patch_tensor = interpreter._patch_lang_tensor
+    def run(job: dict) -> dict[str, np.ndarray]:
+        if "case" in job:
+            return results(attention_backend.attention, job["case"])
+        return {"out": np.asarray(matmul_backend.matmul(*factors(*job["shape"])))}
 
-    def patch(tensor, scope):
-        """triton 3.6 takes an array of one number for a number; numpy 2.4 no longer does."""
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
-
-    def call(kernel, inputs, outputs, *, programs, num_warps, num_stages, **constants):
-        """What `_triton_compat.call` does, by the interpreter, on concrete arrays."""
-        tensors = [x if isinstance(x, int) else torch.from_numpy(np.array(x)) for x in inputs]
-        kinds = [getattr(torch, out.dtype.name) for out in outputs]
-        made = [torch.full(o.shape, np.nan, dtype=k) for o, k in zip(outputs, kinds, strict=True)]
-        kernel[(programs,)](*tensors, *made, **constants)
-        return [jnp.asarray(out.numpy()) for out in made]
-
-    def plant(right: str, wrong: str):
-        """The kernels' source with a mistake takes the place of the one without."""
-        text = (KERNELS / "flash_attention/triton_source.py").read_text()
-        assert right in text
-        Path(job["answer"]).with_name("mistaken.py").write_text(text.replace(right, wrong))
-        sys.path.insert(0, str(Path(job["answer"]).parent))
-        package: Any = importlib.import_module("pallas_kernels.flash_attention")
-        package.triton_source = importlib.import_module("mistaken")
-
-    job = json.loads(sys.argv[1])
-    _triton_compat.call = call
-    if "case" in job:
-        attention_backend._misfit = lambda *_: None  # float32 and H=16: small and exact
-        attention_backend.SECTION_BYTES = 5000  # sections of some heads, not of all
-        tiles = attention_backend.Tiles(16, 8, 4, 2)
-        attention_backend.TILES["hopper"][H] = attention_backend.Passes(tiles, tiles, tiles)
-        if "replace" in job:
-            plant(*job["replace"])
-        answer = results(attention_backend.attention, job["case"])
-    else:
-        matmul_backend.SMALL = matmul_backend.Tiles(16, 16, 16, 2, 4, 2)
-        a, b = (jnp.asarray(job[name], jnp.float16) for name in ("a", "b"))
-        answer = {"out": np.asarray(matmul_backend.matmul(a, b))}
-    np.savez(job["answer"], **answer)  # pyright: ignore[reportArgumentType]
+    triton_process.answer(importlib.import_module("pallas_kernels.flash_attention"), task, run)

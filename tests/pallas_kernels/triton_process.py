@@ -1,6 +1,7 @@
 """Triton's interpreter, which reads TRITON_INTERPRET when triton is imported: in its own process.
 
-A test file runs itself as a program: `ask` starts it, and its last lines begin with `mend()`.
+A test file runs itself as a program: its fixture `answers` starts it, once for many jobs, and
+its last lines begin with `mend()`.
 """
 
 import importlib
@@ -13,30 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def ask(module: str, folder: Path, jobs: list[dict]) -> dict[str, np.ndarray]:
-    """The arrays that `python -m module` leaves for `jobs`, by name."""
+def answers(module: str, jobs: dict[str, dict]) -> Any:
+    """A fixture: what `python -m module` answers to all `jobs`, arrays by name, by a job's name."""
+
+    @pytest.fixture(scope="module")
+    def answers(tmp_path_factory):
+        return ask(module, tmp_path_factory.mktemp("triton"), jobs)
+
+    return answers
+
+
+def ask(module: str, folder: Path, jobs: dict[str, dict]) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays that `answer` leaves for each of `jobs`, in one process."""
     answer = str(folder / "answer.npz")
-    task = json.dumps({"jobs": jobs, "answer": answer})
+    task = json.dumps({"jobs": list(jobs.values()), "answer": answer})
     done = subprocess.run(
         [sys.executable, "-m", module, task], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    with np.load(answer) as found:
-        return dict(found)
-
-
-def each(module: str, folder: Path, jobs: list[dict]) -> list[dict[str, np.ndarray]]:
-    """The arrays that `answer` leaves for each of `jobs`."""
-    found = ask(module, folder, jobs)
-    return [
-        {name.partition(" ")[2]: x for name, x in found.items() if name.startswith(f"{i} ")}
-        for i in range(len(jobs))
-    ]
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in jobs}
+    with np.load(answer) as arrays:
+        for name, x in arrays.items():
+            number, _, part = name.partition(" ")
+            found[list(jobs)[int(number)]][part] = x
+    return found
 
 
 def answer(package: Any, task: dict[str, Any], run: Callable[[dict], dict[str, Any]]) -> None:
