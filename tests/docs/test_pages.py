@@ -1,5 +1,7 @@
-"""Commands that the pages name exist, with the options they are given."""
+"""What the pages name exists: commands with the options they are given, and names of the API."""
 
+import importlib
+import operator
 import re
 import shlex
 import subprocess
@@ -43,3 +45,18 @@ def test_what_does_not_exist_is_found():
     (words,) = commands("```sh\njaxinfra serve smollm2-135m --prot 8000  # a slip\n```\n")
     assert unknown(words) == ["--prot"]
     assert unknown(["jaxinfra", "srve"]) == ["srve"]
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("api*.md")), ids=lambda page: page.stem)
+def test_every_name_of_the_api_exists(page):
+    named = re.findall(r"^\.\. (currentmodule|auto\w+):: (\S+)$", page.read_text(), re.MULTILINE)
+    missing, module = [], None
+    for kind, name in named:
+        if kind == "currentmodule":
+            module = importlib.import_module(name)
+            continue
+        try:
+            operator.attrgetter(name)(module)
+        except AttributeError:
+            missing.append(f"{module.__name__}.{name}")
+    assert named and missing == []
