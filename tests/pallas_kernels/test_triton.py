@@ -32,7 +32,7 @@ _compiled = pytest.mark.skipif(not HAS["triton"], reason="needs triton: pip inst
 
 
 def interpreted(test):
-    """A test of `make parity`, where Triton and torch are installed; the first waits for all jobs."""
+    """A test of `make parity`, where Triton and torch are: the first waits for all jobs."""
     return pytest.mark.timeout(900)(pytest.mark.live(_interpreted(test)))
 
 
