@@ -248,8 +248,8 @@ def prefill(
         layer = jnp.repeat(jnp.swapaxes(layer, 1, 2), copies, axis=0)
         return jnp.pad(layer, ((0, 0), (0, 0), (0, capacity - layer.shape[2]), (0, 0)))
 
-    rows = lambda stack: tuple(room(layer) for layer in stack)  # noqa: E731
-    return x, Cache(rows(keys), rows(values), jnp.repeat(lengths, copies))
+    k, v = (tuple(room(layer) for layer in stack) for stack in (keys, values))
+    return x, Cache(k, v, jnp.repeat(lengths, copies))
 
 
 def head(
