@@ -1,8 +1,10 @@
 # Everything runs in .venv, which the first target makes. PYTHON picks the interpreter, VENV the folder.
 PYTHON ?= python3
 VENV ?= .venv
-VENV_TPU ?= .venv-tpu
+LIBTPU ?= .libtpu
 BIN = $(VENV)/bin
+# A module is compiled to bytecode when it is first imported: most never are.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 # Compiled programs are kept between runs of the tests and of the tour.
@@ -15,22 +17,22 @@ help:            ## this list
 
 $(VENV)/.made: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) -e .
 	touch $@
 $(VENV)/.test: $(VENV)/.made
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PIP) -e '.[test]'
 	touch $@
 $(VENV)/.torch: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[torch]'
-	test "$$(uname)" != Linux || $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TRITON)'
+	$(PIP) '$(TORCH)'
+	$(PIP) -e '.[torch]'
+	test "$$(uname)" != Linux || $(PIP) '$(TRITON)'
 	touch $@
-$(VENV_TPU)/.made: pyproject.toml
-	test -x $(VENV_TPU)/bin/python || $(PYTHON) -m venv $(VENV_TPU)
-	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,tpu]'
+# libtpu lies beside the environment: wherever jax finds it, it looks for a TPU.
+$(LIBTPU)/.made: $(VENV)/.test
+	$(PIP) --no-deps --target $(LIBTPU) "$$($(BIN)/python -c 'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
 	touch $@
 $(VENV)/.docs: $(VENV)/.made
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(PIP) -e '.[docs]'
 	touch $@
 
 tour: $(VENV)/.made   ## the stack, bottom to top, on this machine; ends in tour-report.html
@@ -45,8 +47,9 @@ slow: $(VENV)/.test   ## the tests that take longer: whole grids, training to a 
 parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, compile Triton, and use real weights
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'live or network' $(ARGS)
 
-chips: $(VENV_TPU)/.made   ## compiles TPU kernels and training steps for v5e, v5p and v6e that are not here (libtpu, 700 MB)
-	$(VENV_TPU)/bin/python -m pytest -n 2 -m chips tests/pallas_kernels tests/parallel $(ARGS)
+# ARGS='-m chips' adds the slow ones: every pod, every peak of the planner's table.
+chips: $(LIBTPU)/.made   ## compiles TPU kernels and training steps for v5e, v5p and v6e that are not here (libtpu, 700 MB)
+	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2 -m 'chips and not slow' tests/pallas_kernels tests/parallel $(ARGS)
 
 check: $(VENV)/.test  ## format, lint, types, layers, tables
 	$(BIN)/ruff format --check .
@@ -66,4 +69,4 @@ docs: $(VENV)/.docs   ## the documentation, into docs/_build/html
 	@echo docs/_build/html/index.html
 
 clean:           ## removes the environment, caches and what was built
-	rm -rf $(VENV) $(VENV_TPU) .cache .pytest_cache .ruff_cache .hypothesis docs/_build tour-report.html
+	rm -rf $(VENV) $(LIBTPU) .cache .pytest_cache .ruff_cache .hypothesis docs/_build tour-report.html

@@ -36,7 +36,7 @@ def environment(name: str, packages: Sequence[str], *, dependencies: bool = True
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, symlinks=True)
         options = ["--quiet", "--disable-pip-version-check", "--python", str(python), "install"]
-        options += [] if dependencies else ["--no-deps"]
+        options += ["--no-compile", *([] if dependencies else ["--no-deps"])]
         done = subprocess.run(
             [sys.executable, "-m", "pip", *options, *packages], capture_output=True, text=True
         )  # fmt: skip

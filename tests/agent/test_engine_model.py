@@ -105,7 +105,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(20), pytest.param(range(20, 1020), marks=pytest.mark.slow)], ids=len
+    "seeds", [range(8), pytest.param(range(8, 1008), marks=pytest.mark.slow)], ids=len
 )
 def test_forced_calls_are_never_malformed(seeds):
     """Random weights, so that nothing but the grammar holds them."""
@@ -137,7 +137,7 @@ def test_a_call_of_one_tool_is_forced_by_its_name():
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(20), pytest.param(range(20, 1020), marks=pytest.mark.slow)], ids=len
+    "seeds", [range(8), pytest.param(range(8, 1008), marks=pytest.mark.slow)], ids=len
 )
 def test_calls_that_the_model_begins_are_never_malformed(seeds):
     """Random weights that like the tag of a call, and the end of an answer, as much as words."""

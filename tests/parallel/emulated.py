@@ -30,8 +30,8 @@ def over_ring(function: Callable, *, ins: Any = CUT, out: Any = CUT) -> Callable
     return jax.jit(mapped, compiler_options=QUICK)
 
 
-def cases(every: Iterable[str], default: Iterable[str]) -> list[Any]:
-    """Names to parametrize over; those that are not in `default` are marked slow."""
+def cases(every: Iterable[Any], default: Iterable[Any]) -> list[Any]:
+    """Cases to parametrize over; those that are not in `default` are marked slow."""
     assert set(default) <= set(every), default
     return [
         case if case in default else pytest.param(case, marks=pytest.mark.slow)

@@ -18,13 +18,13 @@ def test_no_request_of_the_schema_is_answered_by_a_server_error(server, tmp_path
     url, link = server
     python = environment("schemathesis", ("schemathesis==4.32.5",))
     asked = [
-        python.with_name("schemathesis"), "run", f"{url}/openapi.json", "--max-examples=60",
+        python.with_name("schemathesis"), "run", f"{url}/openapi.json", "--max-examples=25",
         "--checks=not_a_server_error", "--request-timeout=30", "--seed=1", "--no-color",
     ]  # fmt: skip
     done = subprocess.run(asked, capture_output=True, text=True, timeout=400, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     generated = re.search(r"(\d+) generated", done.stdout)
-    assert generated and int(generated[1]) > 500, done.stdout[-1000:]
+    assert generated and int(generated[1]) > 200, done.stdout[-1000:]
     end = time.monotonic() + 30
     while link.stats.running or link.stats.waiting:
         assert time.monotonic() < end

@@ -68,6 +68,7 @@ def test_64_greedy_tokens_of_ten_prompts(prompts_and_models):
             cache_implementation="static",
         )  # fmt: skip
         wanted = out[0, len(prompt) :].tolist()
-        alone = generate(params, config, [prompt], max_new_tokens=NEW).tokens[0]
-        assert alone == wanted, f"prompt {i}"
         assert together[i] == wanted, f"prompt {i} in a batch of ten"
+        if i in (0, 5):  # with a chat's template and without
+            alone = generate(params, config, [prompt], max_new_tokens=NEW).tokens[0]
+            assert alone == wanted, f"prompt {i} alone"
