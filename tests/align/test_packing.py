@@ -29,7 +29,6 @@ from jaxinfra.model import transformer
 from jaxinfra.train.config import OptimizerConfig
 from tests.align import tiny, trainers
 from tests.align.trainers import jsonl, model_file
-from tests.parallel.emulated import QUICK
 
 slow = pytest.mark.slow
 RNG = np.random.default_rng(0)
@@ -68,7 +67,7 @@ def states(rows, sizes=SIZES):
         where = plan(jnp.asarray(sizes), 12, rows) if rows else None
         return hidden(params, tiny.MODEL, TOKENS, where)
 
-    x = np.asarray(jax.jit(pass_, compiler_options=QUICK)(tiny.params()))
+    x = np.asarray(jax.jit(pass_)(tiny.params()))
     return np.concatenate([x[i, :n] for i, n in enumerate(sizes)])
 
 
@@ -154,7 +153,7 @@ def test_every_trainers_loss_and_gradient_are_the_unpacked_ones(tmp_path, method
             model = policy(trained, None, config.lora)
             return objective.loss(model, batch, objective.counted(batch))
 
-        valued = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        valued = jax.jit(jax.value_and_grad(loss, has_aux=True))
         return valued(trained, batch)
 
     (wanted, told), gradient = values(plain)
@@ -207,9 +206,7 @@ def test_every_policy_loss_and_aggregation_is_the_unpacked_one(name):
         def loss(p):
             return policy_objective(config, tiny.MODEL, p, e, jnp.float32)
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(
-            tiny.params()
-        )
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(tiny.params())
 
     (wanted, told), gradient = values(base)
     (loss, metrics), found = values(packed)
@@ -245,7 +242,7 @@ def test_the_critics_loss_is_the_unpacked_one():
         def loss(c):
             return critic_objective(config, tiny.MODEL, c, e, jnp.float32)[0]
 
-        return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(critic)
+        return jax.jit(jax.value_and_grad(loss))(critic)
 
     wanted, found = values(base), values(dataclasses.replace(base, pack=0.75))
     assert float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-6)
@@ -258,7 +255,7 @@ def test_a_packed_run_learns_what_an_unpacked_one_learns():
 
     def run(config):
         step = make_step(config, tiny.MODEL, tiny.TASK.reward, steps=tiny.STEPS)
-        step = jax.jit(step, compiler_options=QUICK)
+        step = jax.jit(step)
         state = create(config, tiny.params(), seed=0, steps=tiny.STEPS)
         for _ in range(5):
             state, metrics = step(state, tiny.PROBLEMS)

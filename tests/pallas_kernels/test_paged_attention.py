@@ -28,29 +28,25 @@ from tests.pallas_kernels.paged_cases import (
     in_other_company,
 )
 
-QUICK = {"xla_backend_optimization_level": 0}  # most are compiled longer than they run
 
-
-def run(batch, implementation, compiler_options=None, **more):
+def check(batch, implementation, **more):
     arrays, options = batch.arguments()
     named = {key: x for key, x in options.items() if isinstance(x, jax.Array)}
     known = {key: x for key, x in options.items() if key not in named} | more
     attend = BACKENDS.get(implementation)
     if attend is None:
         attend = functools.partial(paged_attention, implementation=implementation)
-    call = compiled(attend, compiler_options is QUICK, *sorted(known.items()))
+    call = compiled(attend, *sorted(known.items()))
     return np.asarray(call(*arrays, **named), np.float64)
 
 
 @functools.cache
-def compiled(attend, quick, *known):
-    options = QUICK if quick else None
-    return jax.jit(functools.partial(attend, **dict(known)), compiler_options=options)
+def compiled(attend, *known):
+    return jax.jit(functools.partial(attend, **dict(known)))
 
 
 xla_with = functools.partial(altered, xla)
 BACKENDS = {"xla, off a CPU": xla_with(("cpu=loop", "cpu=gather"))}
-check = functools.partial(run, compiler_options=QUICK)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +137,14 @@ def bits_differ(length, run, **shape):
 
 def test_bits_depend_on_the_row_alone(monkeypatch):
     monkeypatch.setitem(BACKENDS, "small", xla_with(("CHUNK = 128", "CHUNK = 16")))
-    invariant = functools.partial(run, implementation="small", invariant=True)
+    invariant = functools.partial(check, implementation="small", invariant=True)
     options = {"window": 19, "soft_cap": 3.0} | SINKS
     assert not bits_differ(37, invariant, options=options)
 
 
 def test_that_bits_differ_shows():
     """The specification sums over the table's whole width, and compilers take it as they like."""
-    assert bits_differ(37, functools.partial(run, implementation="reference"))
+    assert bits_differ(37, functools.partial(check, implementation="reference"))
 
 
 def test_bfloat16():

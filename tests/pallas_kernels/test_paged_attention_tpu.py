@@ -18,7 +18,6 @@ from pallas_kernels.paged_attention import mosaic_tpu, paged_attention
 from tests.pallas_kernels.paged_cases import Batch, altered
 from tests.pallas_kernels.tpu_topology import CHIPS, compile_for, kernels, needs_libtpu
 
-QUICK = {"xla_backend_optimization_level": 0}  # interpreters are compiled longer than they run
 interpreter = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
 
 SHAPE: dict[str, Any] = {"N": 4, "K": 2, "H": 64, "page": 16, "M": 5}
@@ -57,7 +56,7 @@ def run(batch, attend=None, **more):
     params = pltpu.InterpretParams(detect_races=True, random_seed=1)
     attend = attend or altered(mosaic_tpu, SMALL)
     call = functools.partial(attend, interpret=params, **options, **more)
-    found = jax.block_until_ready(jax.jit(call, compiler_options=QUICK)(*arrays))
+    found = jax.block_until_ready(jax.jit(call)(*arrays))
     assert not interpreter.races.races_found
     return np.asarray(found, np.float64)
 

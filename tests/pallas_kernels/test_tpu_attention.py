@@ -19,7 +19,6 @@ from pallas_kernels.flash_attention.mosaic_tpu_blocks import Call, Mask
 from tests.pallas_kernels.tpu_topology import CHIPS, compile_for, kernels, needs_libtpu
 
 SMALL = Blocks(128, 128)
-QUICK = {"xla_backend_optimization_level": 0}  # interpreters are compiled longer than they run
 interpreter = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
 
 
@@ -40,7 +39,7 @@ def inputs(B, T, S, N, K, H, dtype=jnp.float32):
 def results(attention, **case):
     """A compiled (out, lse, gradients) of a loss that pulls on both, given q, k, v and changes."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(q, k, v, sinks, changes):
         def loss(q, k, v, sinks):
             out, lse = attention(q, k, v, sinks=sinks, **case, **changes)

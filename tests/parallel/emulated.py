@@ -12,13 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from parallel import mesh as M
 
-# What is compared are values and collectives, which none of this changes; compiling takes a third.
-QUICK: dict[str, Any] = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-if jax.__version_info__ < (0, 11):  # an emitter that later compilers do not have
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 RING = 8
 CUT = P("tp")
 
@@ -27,7 +20,7 @@ def over_ring(function: Callable, *, ins: Any = CUT, out: Any = CUT) -> Callable
     """`function(local arrays)` over eight devices of the axis tp, compiled."""
     mesh = M.make({M.Axis.TP: RING})
     mapped = jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=out)
-    return jax.jit(mapped, compiler_options=QUICK)
+    return jax.jit(mapped)
 
 
 def cases(every: Iterable[Any], default: Iterable[Any]) -> list[Any]:

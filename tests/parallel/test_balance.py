@@ -17,7 +17,7 @@ from parallel import balance, experts
 from parallel.census import census
 from parallel.model import Options
 from tests.parallel import tiny
-from tests.parallel.emulated import QUICK, cases, relative
+from tests.parallel.emulated import cases, relative
 from tests.parallel.runs import differences, started, trained
 
 RATE = 0.05  # large enough to change choices in three steps
@@ -56,7 +56,7 @@ def one_device(name):
     params, opt_state = state.params, state.opt_state
     bias = np.zeros((config.num_layers, config.experts.num_experts), np.float32)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(params, bias, opt_state, batch):
         def loss_of(params):
             mlp = params.layers.mlp

@@ -15,7 +15,7 @@ from parallel import mesh as M
 from parallel.census import census, totals
 from parallel.mesh import Axis
 from tests.parallel import tiny
-from tests.parallel.emulated import QUICK, cases, relative
+from tests.parallel.emulated import cases, relative
 from tests.parallel.runs import differences, trained
 
 B, T, N, K, H, CP = 2, 32, 8, 4, 6, 4
@@ -46,7 +46,7 @@ def expected(packed, K=K):
     plain = lambda q, k, v, ids: attention(q, k, v, causal=True, segment_ids=ids)  # noqa: E731
     gradients = jax.grad(functools.partial(loss, plain), (0, 1, 2))
     both = lambda *inputs: (plain(*inputs), gradients(*inputs))  # noqa: E731
-    return jax.jit(both, compiler_options=QUICK)(q, k, v, ids)
+    return jax.jit(both)(q, k, v, ids)
 
 
 def cut(method, packed, order=None):
@@ -67,7 +67,7 @@ def cut(method, packed, order=None):
             q, k, v, ids
         )
 
-    return jax.jit(both, compiler_options=QUICK)
+    return jax.jit(both)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -110,7 +110,7 @@ def test_what_each_method_sends():
         local = functools.partial(context.attend, segments=None, scale=1.0, method=method)
         spec = P(None, "cp")
         mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
-        found = census(jax.jit(mapped).lower(q, k, v).compile(QUICK))
+        found = census(jax.jit(mapped).lower(q, k, v).compile())
         sent[method] = sum(c.sent for c in found)
         if method == "ring":
             assert {c.executed for c in found} == {CP - 1}

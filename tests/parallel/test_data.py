@@ -15,7 +15,7 @@ from parallel.census import census, totals
 from parallel.layout import Layout, bytes_on_a_device, summed
 from parallel.model import Options
 from tests.parallel import tiny
-from tests.parallel.emulated import QUICK, cases, relative
+from tests.parallel.emulated import cases, relative
 from tests.parallel.runs import differences, started, trained
 
 CASES = {
@@ -167,7 +167,7 @@ def step_memory(builder):
         step = data.zero3(made, tx, options)
     state = jax.eval_shape(lambda: TrainState.create(tiny.params(config), tx))
     batch = {"tokens": jax.ShapeDtypeStruct((8, 129), jnp.int32)}
-    program = step.lower(state, batch).compile(compiler_options=QUICK)
+    program = step.lower(state, batch).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -16,7 +16,7 @@ from parallel.pipeline import run
 from parallel.pipeline.schedule import NAMES, make
 from parallel.pipeline.simulate import simulate
 from parallel.pipeline.split import Split
-from tests.parallel.emulated import QUICK, cases, relative
+from tests.parallel.emulated import cases, relative
 
 L, V, D, H, ROWS, T = 8, 11, 6, 10, 2, 3  # two rows a microbatch
 
@@ -66,9 +66,7 @@ def one_device(microbatches):
         )
 
     with jax.enable_x64():
-        value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=QUICK)(
-            weights, shared
-        )
+        value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(weights, shared)
         return jax.device_get((value, *gradients))
 
 
@@ -97,7 +95,7 @@ def program(schedule, model=MODEL, reduce=True):
         loss, of_weights, of_shared = mapped(cut, shared, rows)
         return loss, jax.tree.map(lambda w: w.reshape(L, *w.shape[3:]), of_weights), of_shared
 
-    return jax.jit(whole, compiler_options=QUICK)
+    return jax.jit(whole)
 
 
 def result(schedule, **options):

@@ -18,7 +18,7 @@ from parallel.model import Options
 from parallel.precision import INITIAL, INTERVAL, LossScale
 from parallel.train import Strategy, build
 from tests.parallel import tiny
-from tests.parallel.emulated import QUICK, cases, over_ring, relative
+from tests.parallel.emulated import cases, over_ring, relative
 from tests.parallel.runs import differences, started, trained
 
 HALF = {
@@ -104,7 +104,7 @@ def passes(x, w, history=None):
 
 def test_a_product_of_float8_is_near_the_product():
     x, w = operands()
-    y, (dx, dw) = jax.jit(passes, compiler_options=QUICK)(x, w)
+    y, (dx, dw) = jax.jit(passes)(x, w)
     g = np.cos(y)
     off = [
         np.linalg.norm(a - b) / np.linalg.norm(b)
@@ -123,7 +123,7 @@ def test_products_of_experts_are_those_of_each():
         y = fp8.by_expert("up", x, w, None)
         return jnp.sum(jnp.sin(y)), y
 
-    (dx, dw), y = jax.jit(jax.grad(loss, (0, 1), has_aux=True), compiler_options=QUICK)(xs, ws)
+    (dx, dw), y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(xs, ws)
     plain = np.einsum("ecd,edf->ecf", xs, ws)
     g = np.cos(y)
     wanted = plain, np.einsum("ecf,edf->ecd", g, ws), np.einsum("ecd,ecf->edf", xs, g)
@@ -136,7 +136,7 @@ def test_the_mesh_does_not_change_a_product():
     """Rows over eight devices: the scale is that of all of them."""
     x, w = operands()
     x = x * np.repeat(2.0 ** np.arange(8), 4)[:, None].astype(np.float32)  # shards of other sizes
-    whole = jax.jit(lambda x, w: passes(x, w)[0], compiler_options=QUICK)(x, w)
+    whole = jax.jit(lambda x, w: passes(x, w)[0])(x, w)
     rows = over_ring(lambda x, w: fp8.product(x, w, None), ins=(P("tp"), P()))
     assert relative(rows(x, w), whole) == 0
 
@@ -153,7 +153,7 @@ def test_the_mesh_does_not_change_a_product():
 
 def test_delayed_scales_learn_and_clip():
     x, w = operands()
-    program = jax.jit(passes, compiler_options=QUICK)
+    program = jax.jit(passes)
     known = np.zeros((3, 4), np.float32)
     known[:2, 2] = np.abs(x).max(), np.abs(w).max()
     known[2] = 1.0

@@ -17,7 +17,6 @@ from jaxinfra.train.loss import next_token_loss
 from jaxinfra.train.optimizer import make_optimizer, schedule
 from jaxinfra.train.step import TrainState, make_step
 from parallel.balance import bias_of
-from tests.parallel.emulated import QUICK
 
 B, T, V = 8, 16, 64
 QWEN = ModelConfig(
@@ -91,7 +90,7 @@ def one_device(name: str, packed: bool = True) -> dict[str, Any]:
 
 def compiled(step: Any, state: TrainState, packed: bool = True) -> Any:
     """The step's program for batches of `batch`."""
-    return step.lower(state, batch(packed=packed)).compile(compiler_options=QUICK)
+    return step.lower(state, batch(packed=packed)).compile()
 
 
 def run(step: Any, state: TrainState, packed: bool = True) -> dict[str, Any]:
@@ -109,4 +108,4 @@ def run(step: Any, state: TrainState, packed: bool = True) -> dict[str, Any]:
 def gradient_of_loss(name: str) -> Any:
     """`jax.grad` of the project's loss, without a step around it."""
     gradient = jax.grad(lambda p, b: next_token_loss(p, MODELS[name], b)[0])
-    return jax.jit(gradient, compiler_options=QUICK)(params(MODELS[name]), batch())
+    return jax.jit(gradient)(params(MODELS[name]), batch())
