@@ -47,7 +47,7 @@ slow: $(VENV)/.test   ## the tests that take longer: whole grids, training to a 
 parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, compile Triton, and use real weights
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'live or network' $(ARGS)
 
-# ARGS='-m chips' adds the slow ones: every pod, every peak of the planner's table.
+# ARGS='-m chips' adds the slow ones: every kernel's whole grid, more of the planner's peaks.
 chips: $(LIBTPU)/.made   ## compiles TPU kernels and training steps for v5e, v5p and v6e that are not here (libtpu, 700 MB)
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n 2 -m 'chips and not slow' tests/pallas_kernels tests/parallel $(ARGS)
 
