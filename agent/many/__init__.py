@@ -3,7 +3,7 @@ vote, and as the nodes of a graph."""
 
 from agent.many.blackboard import Blackboard, Specialist, solve
 from agent.many.consensus import NoQuorum, quorum
-from agent.many.graph import Graph, Interrupt, resume_graph, run_graph
+from agent.many.graph import Graph, Interrupt, run_graph
 from agent.many.mail import Deadlock, Exchange, Mail, Mailbox
 from agent.many.patterns import (
     Loop,
@@ -18,5 +18,5 @@ from agent.many.patterns import (
 __all__ = [
     "Blackboard", "Deadlock", "Exchange", "Graph", "Interrupt", "Loop", "Mail", "Mailbox",
     "NoQuorum", "Specialist", "agent_tool", "debate", "group_chat", "map_reduce", "quorum",
-    "resume_graph", "run_graph", "sequential", "solve", "supervisor",
+    "run_graph", "sequential", "solve", "supervisor",
 ]  # fmt: skip

@@ -17,11 +17,10 @@ from agent.many.patterns import Loop
 
 @dataclass(frozen=True)
 class Entry:
-    """A value on the board: who wrote it, and its version, from 1."""
+    """A value on the board, and who wrote it."""
 
     value: Any
     author: str
-    version: int
 
 
 @dataclass
@@ -34,14 +33,9 @@ class Blackboard:
     def get(self, key: str, default: Any = None) -> Any:
         return self.entries[key].value if key in self.entries else default
 
-    def write(self, key: str, value: Any, author: str, seen: int | None = None) -> bool:
-        """Writes, unless the entry is no longer at the version `seen`; returns whether it did."""
-        version = self.entries[key].version if key in self.entries else 0
-        if seen is not None and seen != version:
-            return False
-        self.entries[key] = Entry(value, author, version + 1)
+    def write(self, key: str, value: Any, author: str) -> None:
+        self.entries[key] = Entry(value, author)
         self.history.append((key, self.entries[key]))
-        return True
 
 
 @dataclass(frozen=True)
@@ -61,12 +55,13 @@ async def solve(board: Blackboard, specialists: Sequence[Specialist], rounds: in
         able = [one for one in specialists if one.can(board)]
         if not able:
             return n
-        versions = {key: entry.version for key, entry in board.entries.items()}
-        before = {key: entry.value for key, entry in board.entries.items()}
         made = await gather(functools.partial(one.work, board) for one in able)
+        written: dict[str, Entry] = {}
         for one, writes in zip(able, made, strict=True):
             for key, value in writes.items():
-                board.write(key, value, one.name, versions.get(key, 0))
-        if {key: entry.value for key, entry in board.entries.items()} == before:
+                written.setdefault(key, Entry(value, one.name))
+        if all(board.get(key, board) == new.value for key, new in written.items()):
             raise Loop(f"blackboard: {', '.join(o.name for o in able)} changed nothing")
+        for key, new in written.items():
+            board.write(key, new.value, new.author)
     raise Loop(f"blackboard: not settled after {rounds} rounds")

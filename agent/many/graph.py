@@ -24,7 +24,7 @@ from typing import Any
 
 import anyio
 
-from agent.events import GraphAnswered, GraphStarted, NodeWrote, Recorded
+from agent.events import GraphAnswered, GraphStarted, Kept, NodeWrote, Recorded
 from agent.gather import gather
 from agent.journal import Store
 from agent.redact import Redactor
@@ -98,29 +98,29 @@ class Outcome:
 
 
 async def run_graph(
-    graph: Graph, state: State, *, store: Store, session: str, redactor: Redactor | None = None
-) -> Outcome:
-    """Begins a graph in a new session, or goes on with the one that the session holds. Nodes see
-    what the journal has: no secrets."""
-    redactor = redactor or Redactor()
-    if not await store.read(session, until=1):
-        began = GraphStarted(_plain(state, "the initial state"))
-        await store.append(session, 0, [redactor.event(began)])
-    return await _go(graph, store, session, redactor)
-
-
-async def resume_graph(
-    graph: Graph, answers: Mapping[str, Any], *, store: Store, session: str,
-    redactor: Redactor | None = None,
+    graph: Graph, state: State | None = None, *, store: Store, session: str,
+    answers: Mapping[str, Any] | None = None, redactor: Redactor | None = None,
 ) -> Outcome:  # fmt: skip
-    """Goes on with the answers by node."""
-    redactor = redactor or Redactor()
-    events = await store.read(session)
-    if not events:
-        raise UserError(f"graph: there is no session {session} to resume")
-    given = [GraphAnswered(node, _plain({ANSWER: a}, node)[ANSWER]) for node, a in answers.items()]
-    await store.append(session, len(events), [redactor.event(answer) for answer in given])
-    return await _go(graph, store, session, redactor)
+    """Begins a graph in a new session with a state, or goes on with the one that the session holds,
+    with a person's answers by node. Nodes see what the journal has: no secrets."""
+    run = _Run(graph, store, session, redactor or Redactor())
+    for recorded in await store.read(session):
+        run.fold(recorded)
+    if run.seq == 0:
+        if state is None:
+            raise UserError(f"graph: there is no session {session} to resume; give a state")
+        await run.record(GraphStarted(_plain(state, "the initial state")))
+    for node, answer in (answers or {}).items():
+        await run.record(GraphAnswered(node, _plain({ANSWER: answer}, node)[ANSWER]))
+    while run.active and not run.questions:
+        if run.step >= graph.max_steps:
+            raise UserError(
+                f"graph: not at its end after {run.step} supersteps, {', '.join(run.active)} next; "
+                "mend the edges or raise max_steps"
+            )
+        todo = [name for name in run.active if name not in run.written]
+        await gather(functools.partial(run.work, name) for name in todo)
+    return Outcome(run.state, run.step, run.questions)
 
 
 @dataclass
@@ -163,25 +163,13 @@ class _Run:
         except Interrupt as question:
             self.questions[name] = str(question)
             return
-        kept = self.redactor.event(NodeWrote(self.step, name, _plain(writes, name)))
+        await self.record(NodeWrote(self.step, name, _plain(writes, name)))
+
+    async def record(self, event: Kept) -> None:
         async with self.lock:
+            kept = self.redactor.event(event)
             (recorded,) = await self.store.append(self.session, self.seq, [kept])
             self.fold(recorded)
-
-
-async def _go(graph: Graph, store: Store, session: str, redactor: Redactor) -> Outcome:
-    run = _Run(graph, store, session, redactor)
-    for recorded in await store.read(session):
-        run.fold(recorded)
-    while run.active and not run.questions:
-        if run.step >= graph.max_steps:
-            raise UserError(
-                f"graph: not at its end after {run.step} supersteps, {', '.join(run.active)} next; "
-                "mend the edges or raise max_steps"
-            )
-        todo = [name for name in run.active if name not in run.written]
-        await gather(functools.partial(run.work, name) for name in todo)
-    return Outcome(run.state, run.step, run.questions)
 
 
 def _plain(values: Mapping[str, Any], where: str) -> dict[str, Any]:

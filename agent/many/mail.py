@@ -49,11 +49,11 @@ class Exchange:
         self._boxes: dict[str, list[Mail]] = {name: [] for name in names}
         self._waits: dict[str, _Wait] = {}
 
-    def send(self, mail: Mail) -> None:
-        """Puts mail into a box. Raises UserError for an agent nobody knows."""
-        for name in (mail.sender, mail.to):
-            self._known(name)
-        self._boxes[mail.to].append(mail)
+    async def send(self, name: str, to: str, text: str, tainted_by: tuple[str, ...] = ()) -> None:
+        """Puts mail from `name` into a box. Raises UserError for an agent nobody knows."""
+        self._known(name)
+        self._known(to)
+        self._boxes[to].append(Mail(name, to, text, tuple(tainted_by)))
         self._settle()
 
     async def receive(self, name: str, sender: str | None = None) -> Mail:
@@ -70,7 +70,7 @@ class Exchange:
             raise Deadlock(wait.stuck)
         return wait.mail
 
-    def leave(self, name: str) -> None:
+    async def leave(self, name: str) -> None:
         """`name` will send nothing more. Raises UserError for an agent nobody knows."""
         self._known(name)
         self.gone.add(name)
@@ -102,24 +102,27 @@ class Exchange:
             self._waits.pop(name).over.set()
 
 
-@dataclass(frozen=True)
 class Mailbox:
     """One agent's end of an exchange in this process."""
 
-    exchange: Exchange
-    name: str
+    def __init__(self, exchange: Exchange, name: str) -> None:
+        self._exchange, self.name = exchange, name
 
     async def send(self, to: str, text: str, tainted_by: tuple[str, ...] = ()) -> None:
-        """Sends and goes on."""
-        self.exchange.send(Mail(self.name, to, text, tuple(tainted_by)))
+        """Returns when the exchange has it."""
+        await self._ask("send", to=to, text=text, tainted_by=tainted_by)
 
     async def receive(self, sender: str | None = None) -> Mail:
-        """The next mail, the oldest first. Raises Deadlock where none can ever come."""
-        return await self.exchange.receive(self.name, sender)
+        """The oldest mail, from `sender` alone where one is given. Raises Deadlock where none can
+        ever come."""
+        return await self._ask("receive", sender=sender)
 
     async def leave(self) -> None:
-        """Ends this agent's part."""
-        self.exchange.leave(self.name)
+        """Nothing more is sent from here."""
+        await self._ask("leave")
+
+    async def _ask(self, do: str, **given: Any) -> Any:
+        return await getattr(self._exchange, do)(self.name, **given)
 
 
 def mailboxes(*names: str) -> dict[str, Mailbox]:
@@ -148,9 +151,9 @@ class PostOffice:
         async def answer(peer: bytes, raw: bytes) -> None:
             try:
                 name, do, given = json.loads(raw)
-                box = Mailbox(self._exchange, name)
-                does = {"send": box.send, "receive": box.receive, "leave": box.leave}
-                told = {"mail": await does[do](**given)}
+                if do not in ("send", "receive", "leave"):
+                    raise UserError(f"mail: nobody can {do!r}")
+                told = {"mail": await getattr(self._exchange, do)(name, **given)}
             except Deadlock as error:
                 told = {"deadlock": str(error)}
             except (ValueError, TypeError, KeyError, UserError) as error:
@@ -168,10 +171,10 @@ class PostOffice:
             self._socket.close()
 
 
-class RemoteMailbox:
+class RemoteMailbox(Mailbox):
     """One agent's end of a post office in another process."""
 
-    def __init__(self, address: str, name: str):
+    def __init__(self, address: str, name: str) -> None:
         import zmq
         import zmq.asyncio
 
@@ -180,23 +183,14 @@ class RemoteMailbox:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(address)
 
-    async def send(self, to: str, text: str, tainted_by: tuple[str, ...] = ()) -> None:
-        """See Mailbox; returns when the post office has it."""
-        await self._ask("send", to=to, text=text, tainted_by=tainted_by)
-
-    async def receive(self, sender: str | None = None) -> Mail:
-        mail = (await self._ask("receive", sender=sender))["mail"]
-        return Mail(**{**mail, "tainted_by": tuple(mail["tainted_by"])})
-
-    async def leave(self) -> None:
-        await self._ask("leave")
-        self._socket.close()
-
-    async def _ask(self, do: str, **given: object) -> dict[str, Any]:
+    async def _ask(self, do: str, **given: Any) -> Any:
         await self._socket.send(json.dumps([self.name, do, given]).encode())
         answer = json.loads(await self._socket.recv())
+        if do == "leave":
+            self._socket.close()
         if "deadlock" in answer:
             raise Deadlock(answer["deadlock"])
         if "refused" in answer:
             raise UserError(answer["refused"])
-        return answer
+        mail = answer["mail"]
+        return mail and Mail(**{**mail, "tainted_by": tuple(mail["tainted_by"])})

@@ -129,7 +129,7 @@ async def group_chat(
             named[name], f"The topic: {topic}\nSaid so far:\n{shown}\nYou are {name}. Go on.",
             store=store, session=f"{session}/{n}-{name}", tainted_by=tainted,
         )  # fmt: skip
-        tainted = tuple(dict.fromkeys((*tainted, *result.state.tainted_by)))
+        tainted = _taint([result], tainted)
         said.append(Said(name, _answer(result)))
         size = len(agents)
         if len(said) >= 2 * size and said[-size:] == said[-2 * size : -size]:
@@ -155,7 +155,7 @@ async def debate(
             work, store=store, session=f"{session}/round{n}", tainted_by=tainted
         )
         answers = [_answer(result) for result in found]
-        tainted = tuple(dict.fromkeys((*tainted, *_taint(found))))
+        tainted = _taint(found, tainted)
     shown = "\n".join(f"{i}. {answer}" for i, answer in enumerate(answers, 1))
     return await run_once(
         judge, f"{question}\nThe debaters' answers:\n{shown}\nDecide.", store=store,
@@ -172,6 +172,6 @@ def _answer(result: Result | Exception) -> str:
     return as_text(result.output)
 
 
-def _taint(results: Sequence[Result | Exception]) -> Taint:
-    all_of = (n for r in results if isinstance(r, Result) for n in r.state.tainted_by)
-    return tuple(dict.fromkeys(all_of))
+def _taint(results: Sequence[Result | Exception], before: Taint = ()) -> Taint:
+    more = (n for r in results if isinstance(r, Result) for n in r.state.tainted_by)
+    return tuple(dict.fromkeys((*before, *more)))

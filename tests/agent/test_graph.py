@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from agent.journal import MemoryStore
-from agent.many import Graph, Interrupt, resume_graph, run_graph
+from agent.many import Graph, Interrupt, run_graph
 from agent.many.graph import Outcome
 from agent.redact import Redactor
 from agent.sqlite_store import SQLiteStore
@@ -89,7 +89,7 @@ def test_questions_wait_across_processes_and_rerun_only_who_asked(tmp_path):
     store = SQLiteStore(tmp_path / "j")  # another process
     assert go(graph(), store=store).questions == {"ask": "May I?"}
     outcome = anyio.run(functools.partial(
-        resume_graph, graph(), {"ask": "yes"}, store=store, session="g"
+        run_graph, graph(), answers={"ask": "yes"}, store=store, session="g"
     ))  # fmt: skip
     assert outcome.state == {"other": 1, "allowed": "yes", "end": True}
     assert ran.count("other") == 1 and ran.count("ask") == 3
