@@ -103,16 +103,13 @@ class Sandbox:
         name = self._obtain()
         if not argv or not os.path.isabs(argv[0]):
             raise UserError(f"sandbox: give the program's whole path, not {list(argv[:1])}")
-        if name == "landlock" and self.work is None:
-            with tempfile.TemporaryDirectory(prefix="box-", ignore_cleanup_errors=True) as work:
-                return await self._run(name, argv, work, stdin, env or {})
-        return await self._run(name, argv, self.work, stdin, env or {})
-
-    async def _run(
-        self, name: LevelName, argv: Sequence[str], work: str | None, stdin: bytes,
-        env: Mapping[str, str],
-    ) -> Finished:  # fmt: skip
-        with _planned(self._plan(name, argv, work, env)) as (command, descriptors, told):
+        with contextlib.ExitStack() as stack:
+            work = self.work
+            if name == "landlock" and work is None:
+                folder = tempfile.TemporaryDirectory(prefix="box-", ignore_cleanup_errors=True)
+                work = stack.enter_context(folder)
+            plan = self._plan(name, argv, work, env or {})
+            command, descriptors, told = stack.enter_context(_planned(plan))
             ended = await run_process(
                 command, stdin=stdin, seconds=self.bounds.seconds,
                 max_output=self.bounds.output, env={}, cwd="/", pass_fds=descriptors,
