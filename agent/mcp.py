@@ -15,8 +15,9 @@ import contextlib
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+
+from pydantic import BaseModel, create_model, model_validator
 
 from agent.execute import clean, execute
 from agent.gather import unwrapped
@@ -27,31 +28,6 @@ from agent.tools import ANY_ARGUMENTS, ArgumentError, Context, Tool, ToolFailed,
 from jaxinfra.errors import UserError
 
 _LONGEST = 4000  # characters of a description that a model reads
-
-
-class _Imported(Tool):
-    """A tool whose arguments are checked against the schema that its server gave. The schema is a
-    stranger's too: nothing it refers to is fetched, and its patterns, which can take for ever, are
-    left to the server."""
-
-    def parse(self, text: str) -> dict[str, Any]:
-        from jsonschema import exceptions, validators
-        from referencing import Registry
-        from referencing.exceptions import Unresolvable
-
-        values = super().parse(text)
-        schema = without(self.schema, "pattern", "patternProperties")
-        validator = validators.validator_for(schema)(schema, registry=Registry())
-        try:
-            wrong = exceptions.best_match(validator.iter_errors(values))
-        except (Unresolvable, RecursionError) as error:
-            raise ArgumentError(
-                f"arguments of {self.name}: its schema is broken: {error}"
-            ) from None
-        if wrong is not None:
-            where = ".".join(map(str, wrong.absolute_path)) or "value"
-            raise ArgumentError(f"arguments of {self.name}: {where}: {wrong.message}")
-        return values
 
 
 @contextlib.asynccontextmanager
@@ -102,17 +78,39 @@ def fingerprint(tool: Tool) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
+def _arguments(listed: Any) -> type[BaseModel]:
+    """What checks arguments by the schema that the server gave. The schema is a stranger's too:
+    nothing it refers to is fetched, and its patterns, which can take for ever, are left to the
+    server."""
+    from jsonschema import exceptions, validators
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    schema = without(listed.input_schema, "pattern", "patternProperties")
+    try:
+        of_its_kind = validators.validator_for(schema)
+        of_its_kind.check_schema(listed.input_schema)
+    except exceptions.SchemaError as error:
+        raise UserError(f"MCP: the schema of {listed.name!r} is none: {error.message}") from None
+    validator = of_its_kind(schema, registry=Registry())
+
+    def fits(values: Any) -> Any:
+        try:
+            wrong = exceptions.best_match(validator.iter_errors(values))
+        except (Unresolvable, RecursionError) as error:
+            raise ValueError(f"its schema is broken: {error}") from None
+        if wrong is not None:
+            raise ValueError(f"{'.'.join(map(str, wrong.absolute_path))}: {wrong.message}")
+        return values
+
+    checks: Any = {"fits": model_validator(mode="before")(fits)}
+    return create_model("any", __base__=ANY_ARGUMENTS, __validators__=checks)
+
+
 def _import(client: Any, listed: Any, prefix: str, options: Mapping[str, Any]) -> Tool:
     name = f"{prefix}{listed.name}".replace("-", "_").replace(".", "_")
     if not name.isidentifier() or len(name) > 64:
         raise UserError(f"MCP: a tool named {listed.name!r}; models know letters, digits and _")
-
-    from jsonschema import exceptions, validators
-
-    try:
-        validators.validator_for(listed.input_schema).check_schema(listed.input_schema)
-    except exceptions.SchemaError as error:
-        raise UserError(f"MCP: the schema of {listed.name!r} is none: {error.message}") from None
 
     async def call(**arguments: Any) -> str:
         from mcp import MCPError
@@ -126,11 +124,9 @@ def _import(client: Any, listed: Any, prefix: str, options: Mapping[str, Any]) -
             raise ToolFailed(text or "it failed")
         return text
 
-    imported = _Imported(
-        name, clean(listed.description or "", _LONGEST), call, ANY_ARGUMENTS,
-        effects="write", network=True, untrusted=True, schema=listed.input_schema,
-    )  # fmt: skip
-    return replace(imported, **options)
+    told: dict[str, Any] = {"effects": "write", "network": True, "untrusted": True, **options}
+    return Tool(name, clean(listed.description or "", _LONGEST), call, _arguments(listed),
+                schema=listed.input_schema, **told)  # fmt: skip
 
 
 def _text(block: Any) -> str:
