@@ -49,12 +49,9 @@ class Budget:
 
     def take(self) -> None:
         """Before a call; raises Exhausted."""
-        used = self.usage.input + self.usage.output
-        late = self.seconds is not None and time.monotonic() - self.began >= self.seconds
-        if (
-            late or (self.calls is not None and self.used_calls >= self.calls)
-            or (self.tokens is not None and used >= self.tokens)
-        ):  # fmt: skip
+        tokens, seconds = self.usage.input + self.usage.output, time.monotonic() - self.began
+        bounds = (self.calls, self.used_calls), (self.tokens, tokens), (self.seconds, seconds)
+        if any(bound is not None and used >= bound for bound, used in bounds):
             raise Exhausted
         self.used_calls += 1
 
@@ -93,6 +90,14 @@ class Branch:
         self.budget.usage = self.budget.usage + end.usage
         self.messages = (*asked, end.message)
         return end.message.content
+
+    async def aside(self, text: str, settings: Settings | None = None) -> str:
+        """The answer to `text`, which this branch does not keep."""
+        (fork,) = await self.fork(1)
+        try:
+            return await fork.ask(text, settings)
+        finally:
+            await fork.close()
 
     async def close(self) -> None:
         if isinstance(self.model, Forking):

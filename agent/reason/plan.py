@@ -1,8 +1,8 @@
 """Plan and execute: a planner writes steps, an executor does one, the planner revises the rest.
 
-Wang et al., 2023, arXiv:2305.04091. The planner is one session that only grows, so its prefix stays
-cached. Every run has a name of its own under `session`: after a crash the same call goes on where
-it was, and no step is done twice.
+Wang et al., 2023, arXiv:2305.04091. A revision is asked behind all that the planner was asked
+before, so that prefix stays cached. Every run has a name of its own under `session`: after a crash
+the same call goes on where it was, and no step is done twice.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, Field
 
-from agent.events import RunFinished
 from agent.journal import Store
-from agent.loop import resume, run, run_once
+from agent.loop import run_once
+from agent.messages import Message, user
 from agent.spec import Agent
-from agent.state import fold
 from jaxinfra.errors import UserError
 
 
@@ -39,14 +38,22 @@ class Executed:
 async def plan_and_execute(
     planner: Agent, executor: Agent, task: str, *, store: Store, session: str, max_steps: int = 10
 ) -> Executed:
-    """`planner` needs no tools; `executor` sees the task, the step and the results so far."""
+    """`planner` needs no tools; `executor` sees the task, the step and the results so far. Raises
+    UserError where there is no plan."""
     planner = replace(planner, output_type=Plan)
     plans: list[Plan] = []
     done: list[tuple[str, str]] = []
-    message = f"Plan how to do this: {task}"
+    asked: tuple[Message, ...] = (user(f"Plan how to do this: {task}"),)
     tainted: tuple[str, ...] = ()
     for n in range(max_steps + 1):
-        plan = Plan.model_validate(await _revision(planner, n, message, store, session, tainted))
+        planned = await run_once(
+            planner, asked, store=store, session=f"{session}/plan{n}", tainted_by=tainted
+        )
+        if planned.reason != "done":
+            raise UserError(
+                f"plan {session}: the planner ended with {planned.reason}: {planned.detail}"
+            )
+        plan = planned.output
         plans.append(plan)
         if plan.answer is not None or not plan.steps:
             return Executed(plan.answer, plans, done)
@@ -61,23 +68,6 @@ async def plan_and_execute(
         tainted = tuple(dict.fromkeys((*tainted, *result.state.tainted_by)))
         outcome = str(result.output) if result.reason == "done" else f"failed: {result.detail}"
         done.append((step, outcome))
-        message = f"The step {step!r} gave: {outcome}\nRevise what is left, or answer."
+        told = f"The step {step!r} gave: {outcome}\nRevise what is left, or answer."
+        asked = (*planned.state.messages, user(told))
     return Executed(None, plans, done)
-
-
-async def _revision(
-    planner: Agent, n: int, message: str, store: Store, session: str, tainted: tuple[str, ...]
-) -> object:
-    """The output of run number `n` of the planner's session."""
-    name = f"{session}/plan"
-    events = await store.read(name)
-    outputs = [r.event.output for r in events if isinstance(r.event, RunFinished)]
-    if n < len(outputs) and outputs[n] is not None:
-        return outputs[n]
-    if fold(events).runs > n:
-        result = await resume(planner, name, store=store)
-    else:
-        result = await run(planner, message, store=store, session=name, tainted_by=tainted)
-    if result.reason != "done":
-        raise UserError(f"plan {session}: the planner ended with {result.reason}: {result.detail}")
-    return result.output

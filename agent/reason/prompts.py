@@ -106,14 +106,13 @@ async def optimise(
         if not failures:
             break
         shown = "\n".join(f"Q: {e.question}\nright answer: {e.answer}" for e in failures[:4])
-        for seed, fork in enumerate(await writer.fork(candidates)):
+        for seed in range(candidates):
+            asked = _ASK.format(prompt=best.text, failures=shown)
+            settings = replace(writer.settings, temperature=1.0, seed=seed)
             try:
-                settings = replace(fork.settings, temperature=1.0, seed=seed)
-                written = await fork.ask(_ASK.format(prompt=best.text, failures=shown), settings)
+                written = await writer.aside(asked, settings)
             except Exhausted:
                 break
-            finally:
-                await fork.close()
             candidate = _usable(template, best.version + 1, written)
             if candidate is not None:
                 scored, failed = await mean(candidate, train)

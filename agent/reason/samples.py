@@ -50,14 +50,11 @@ async def self_consistency(
         ranked = [n for _, n in counts.most_common(2)] + [0, 0]
         if ranked[0] > ranked[1] + samples - asked:
             break
-        (fork,) = await branch.fork(1)
-        fork.settings = replace(branch.settings, temperature=temperature, seed=i)
+        settings = replace(branch.settings, temperature=temperature, seed=i)
         try:
-            answer = await chain_of_thought(fork, question)
+            answer = answer_of(await branch.aside(THINK + question, settings))
         except Exhausted:
             break
-        finally:
-            await fork.close()
         asked += 1
         if answer is not None:
             counts[same(answer)] += 1

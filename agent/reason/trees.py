@@ -47,11 +47,7 @@ def by_value(prompt: str = "How good is this so far, from 0 to 10? A number only
     """Scores each node by the model's own estimate, asked on a fork of it."""
 
     async def one(node: Node) -> float:
-        (fork,) = await node.branch.fork(1)
-        try:
-            said = await fork.ask(prompt, Settings(temperature=0.0, max_tokens=8))
-        finally:
-            await fork.close()
+        said = await node.branch.aside(prompt, Settings(temperature=0.0, max_tokens=8))
         found = _NUMBER.search(said)
         return float(found.group()) if found else 0.0
 
@@ -69,11 +65,7 @@ def by_vote(root: Branch, votes: int = 3) -> Judge:
         prompt = f"Which is the most promising?\n{listed}\nIts number only."
 
         async def one(seed: int) -> int:
-            (fork,) = await root.fork(1)
-            try:
-                said = await fork.ask(prompt, Settings(temperature=0.7, seed=seed, max_tokens=8))
-            finally:
-                await fork.close()
+            said = await root.aside(prompt, Settings(temperature=0.7, seed=seed, max_tokens=8))
             found = _NUMBER.search(said)
             return int(float(found.group())) - 1 if found else -1
 
