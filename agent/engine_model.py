@@ -23,18 +23,8 @@ from typing import TYPE_CHECKING, Any
 from agent import engine_sessions
 from agent.engine_sessions import CacheMiss, Session, Sessions, Turn
 from agent.engine_thread import EngineThread, Used
-from agent.messages import Message, ToolCall
-from agent.model import (
-    CallDelta,
-    Completion,
-    Delta,
-    Price,
-    ReasoningDelta,
-    Request,
-    TextDelta,
-    TransportError,
-    Usage,
-)
+from agent.messages import Message
+from agent.model import Completion, Delta, Parts, Price, ReasoningDelta, Request, TransportError
 from agent.returns import Returns
 from decode.request import Output, QueueFull, SamplingParams
 from decode.request import Request as EngineRequest
@@ -157,7 +147,7 @@ class EngineModel:
         heard = asyncio.Queue[Output | Exception]()
         account = self.account(request.session)
         self._thread.submit(asked, account, request.session or asked.id, heard.put_nowait)
-        reader, parts, drawn, over = turn.reader(), _Parts(), [], False
+        reader, parts, drawn, over = turn.reader(), Parts(), [], False
         try:
             while True:
                 end = await heard.get()
@@ -166,7 +156,7 @@ class EngineModel:
                 drawn += end.token_ids
                 over = end.finish_reason is not None
                 for piece in reader.push(end.text) + (reader.finish() if over else []):
-                    yield parts.take(piece)
+                    yield _delta(parts, piece)
                 if over:
                     break
         finally:
@@ -176,8 +166,7 @@ class EngineModel:
             raise UserError(f"{self.name}: {end.error or end.finish_reason}")
         message = parts.message(tuple(drawn))
         self._ended(request, turn, asked.cache_salt, message, end, account)
-        read, written, cached = end.prompt_tokens, end.completion_tokens, end.cached_tokens
-        usage = Usage(read, written, cached, self._price.cost(read, written, cached))
+        usage = self._price.usage(end.prompt_tokens, end.completion_tokens, end.cached_tokens)
         cut = end.finish_reason == "length"
         yield Completion(message, usage, "length" if cut else "calls" if message.calls else "stop")
 
@@ -235,30 +224,16 @@ class EngineModel:
                 self._read(request, ahead, expected)
 
 
-class _Parts:
-    """The message that the reader's pieces make."""
-
-    def __init__(self) -> None:
-        self._text: list[str] = []
-        self._calls: list[list[str]] = []  # name and pieces of arguments
-
-    def take(self, piece: Piece) -> Delta:
-        match piece.kind:
-            case "content":
-                self._text.append(piece.text)
-                return TextDelta(piece.text)
-            case "reasoning":
-                return ReasoningDelta(piece.text)
-            case "name":
-                self._calls.append([piece.text])
-                return CallDelta(piece.index, piece.text, "")
-            case "arguments":
-                self._calls[piece.index].append(piece.text)
-                return CallDelta(piece.index, self._calls[piece.index][0], piece.text)
-
-    def message(self, tokens: tuple[int, ...]) -> Message:
-        calls = tuple(ToolCall("", name, "".join(rest)) for name, *rest in self._calls)
-        return Message("assistant", "".join(self._text), calls, tokens=tokens)
+def _delta(parts: Parts, piece: Piece) -> Delta:
+    match piece.kind:
+        case "content":
+            return parts.text(piece.text)
+        case "reasoning":
+            return ReasoningDelta(piece.text)
+        case "name":
+            return parts.call(piece.index, name=piece.text)
+        case "arguments":
+            return parts.call(piece.index, arguments=piece.text)
 
 
 def _told(error: Exception) -> Exception:

@@ -7,30 +7,32 @@ that a server finds its cache, and can schedule its calls together.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.messages import Message, ToolCall
 from agent.model import (
-    CallDelta,
     Completion,
     Delta,
+    Parts,
     Price,
     ReasoningDelta,
     Request,
-    TextDelta,
     TransportError,
     Usage,
     openai_body,
 )
 from jaxinfra.errors import UserError
 
-_FINISH = {"stop": "stop", "tool_calls": "calls", "length": "length", "content_filter": "filter"}
+_FINISH: dict[str, Any] = {
+    "stop": "stop",
+    "tool_calls": "calls",
+    "length": "length",
+    "content_filter": "filter",
+}
 
 
 @dataclass
@@ -45,6 +47,7 @@ class HTTPModel:
     price: Price = field(default_factory=Price)
 
     async def stream(self, request: Request) -> AsyncIterator[Delta | Completion]:
+        import httpx2
         import openai
 
         client = openai.AsyncOpenAI(
@@ -52,34 +55,12 @@ class HTTPModel:
             max_retries=0, timeout=self.timeout,
             http_client=openai.DefaultAsyncHttpxClient(verify=_certificates()),
         )  # fmt: skip
-        async with client:
-            try:
-                async with contextlib.aclosing(self._streamed(client, request)) as items:
-                    async for item in items:
-                        yield item
-            except openai.APIStatusError as error:
-                message = f"{self.base_url}: {error.status_code} {error.message}"
-                if error.status_code in (408, 409, 429) or error.status_code >= 500:
-                    raise TransportError(message, _retry_after(error)) from None
-                raise UserError(message) from None
-            except openai.APIError as error:  # no connection, cut in its middle, time-out
-                raise TransportError(f"{self.base_url}: {error.message}") from None
-            except openai.OpenAIError as error:
-                raise UserError(f"{self.base_url}: {error}") from None
-
-    async def _streamed(
-        self, client: Any, request: Request
-    ) -> AsyncGenerator[Delta | Completion, None]:
-        import httpx2
-
-        text: list[str] = []
-        made: dict[int, dict[str, str]] = {}
-        finish, usage = None, Usage()
+        parts, finish, usage = Parts(), None, Usage()
         body = openai_body(request, request.messages) | {"model": self.name, "stream": True}
         body |= {"prompt_cache_key": request.program} if request.program else {}
         body |= {"stream_options": {"include_usage": True}}
         try:
-            async with await client.chat.completions.create(**body) as chunks:
+            async with client, await client.chat.completions.create(**body) as chunks:
                 async for chunk in chunks:
                     if chunk.usage is not None:
                         usage = self._usage(chunk.usage)
@@ -89,30 +70,33 @@ class HTTPModel:
                         if thought := getattr(delta, "reasoning_content", None):
                             yield ReasoningDelta(thought)
                         if delta.content:
-                            text.append(delta.content)
-                            yield TextDelta(delta.content)
+                            yield parts.text(delta.content)
                         for part in delta.tool_calls or ():
-                            nothing = {"id": "", "name": "", "arguments": ""}
-                            call = made.setdefault(part.index, nothing)
-                            call["id"] = part.id or call["id"]
-                            if part.function is not None:
-                                written = part.function.arguments or ""
-                                call["name"] += part.function.name or ""
-                                call["arguments"] += written
-                                yield CallDelta(part.index, call["name"], written)
+                            name = part.function and part.function.name
+                            written = part.function and part.function.arguments
+                            yield parts.call(part.index, name or "", written or "", part.id or "")
+        except openai.APIStatusError as error:
+            message = f"{self.base_url}: {error.status_code} {error.message}"
+            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+                raise TransportError(message, _retry_after(error)) from None
+            raise UserError(message) from None
+        except openai.APIError as error:  # no connection, cut in its middle, time-out
+            raise TransportError(f"{self.base_url}: {error.message}") from None
+        except openai.OpenAIError as error:
+            raise UserError(f"{self.base_url}: {error}") from None
         except (httpx2.TransportError, ValueError) as error:
             raise TransportError(f"{self.base_url}: the stream broke ({error})") from None
         if finish is None:
             raise TransportError(f"{self.base_url}: the stream ended without a finish_reason")
-        calls = tuple(ToolCall(**made[index]) for index in sorted(made))
-        message = Message("assistant", "".join(text), calls)
-        yield Completion(message, usage, _finish(finish, calls))
+        message = parts.message()
+        # Some servers say "stop" after calls: the calls are what counts.
+        called = message.calls and finish != "length"
+        yield Completion(message, usage, "calls" if called else _FINISH.get(finish, "stop"))
 
     def _usage(self, usage: Any) -> Usage:
         details = usage.prompt_tokens_details
         cached = (details.cached_tokens or 0) if details is not None else 0
-        read, written = usage.prompt_tokens, usage.completion_tokens
-        return Usage(read, written, cached, self.price.cost(read, written, cached))
+        return self.price.usage(usage.prompt_tokens, usage.completion_tokens, cached)
 
 
 @functools.cache
@@ -122,11 +106,6 @@ def _certificates() -> ssl.SSLContext:
     import httpx2
 
     return httpx2.create_ssl_context()
-
-
-def _finish(reason: str | None, calls: tuple[ToolCall, ...]) -> Any:
-    # Some servers say "stop" after calls: the calls are what counts.
-    return "calls" if calls and reason != "length" else _FINISH.get(reason or "stop", "stop")
 
 
 def _retry_after(error: Any) -> float | None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from agent.messages import Message, to_openai
+from agent.messages import Message, ToolCall, to_openai
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,31 @@ async def complete(model: Model, request: Request) -> Completion:
     raise TransportError(f"{model.name}: the stream ended without an end")
 
 
+class Parts:
+    """A message as its pieces come: each is kept, and returned as the delta that it is."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._calls: dict[int, list[str]] = {}  # id, name and pieces of arguments, by index
+
+    def text(self, piece: str) -> TextDelta:
+        self._text.append(piece)
+        return TextDelta(piece)
+
+    def call(self, index: int, name: str = "", arguments: str = "", id: str = "") -> CallDelta:
+        """A piece of a call; its id and its name may come once, with any of them."""
+        call = self._calls.setdefault(index, ["", ""])
+        call[0] = id or call[0]
+        call[1] += name
+        call.append(arguments)
+        return CallDelta(index, call[1], arguments)
+
+    def message(self, tokens: tuple[int, ...] | None = None) -> Message:
+        made = (call for _, call in sorted(self._calls.items()))
+        calls = tuple(ToolCall(id, name, "".join(rest)) for id, name, *rest in made)
+        return Message("assistant", "".join(self._text), calls, tokens=tokens)
+
+
 class TransportError(Exception):
     """The model could not be reached, or asked to be left alone for `after` seconds."""
 
@@ -176,6 +201,7 @@ class Price:
     output: float = 0.0
     cached: float = 0.0
 
-    def cost(self, input: int, output: int, cached: int) -> float:
-        """What a turn costs; `cached` tokens are part of `input` ones and priced apart."""
-        return ((input - cached) * self.input + cached * self.cached + output * self.output) / 1e6
+    def usage(self, input: int, output: int, cached: int) -> Usage:
+        """What a turn used; `cached` tokens are part of `input` ones and priced apart."""
+        cost = (input - cached) * self.input + cached * self.cached + output * self.output
+        return Usage(input, output, cached, cost / 1e6)
