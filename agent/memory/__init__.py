@@ -6,10 +6,10 @@ agent = Agent("clerk", model, tools=memory_tools(memories))
 
 from agent.memory.embed import Embedder, HiddenStates, Ngrams
 from agent.memory.episodes import record_episode
-from agent.memory.facts import Fact, Found, Memories
+from agent.memory.facts import Fact, Memories
 from agent.memory.tools import memory_tools, with_memories
 
 __all__ = [
-    "Embedder", "Fact", "Found", "HiddenStates", "Memories", "Ngrams", "memory_tools",
+    "Embedder", "Fact", "HiddenStates", "Memories", "Ngrams", "memory_tools",
     "record_episode", "with_memories",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ import re
 import sqlite3
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,14 +68,6 @@ class Fact:
     created: float
     ended: float | None
     uses: int
-
-
-@dataclass(frozen=True)
-class Found:
-    """A fact with its score; larger is better."""
-
-    fact: Fact
-    score: float
 
 
 class Memories:
@@ -147,7 +140,7 @@ class Memories:
         where = "key = ? AND created <= ? AND (ended IS NULL OR ended > ?)"
         return next(reversed(self._where(where, key, when, when)), None)
 
-    def search(self, query: str, *, most: int = 5, kind: Kind | None = None) -> list[Found]:
+    def search(self, query: str, *, most: int = 5, kind: Kind | None = None) -> list[Fact]:
         """The facts that hold and fit the query, best first; what is found counts as used."""
         wanted = self._embed([query])[0]
         with self._alone, self._db as db:
@@ -158,19 +151,16 @@ class Memories:
             near = {id: float(_vector(row) @ wanted) for id, row in rows.items()}
             by_meaning = sorted((id for id in rows if near[id] > 0.1), key=lambda id: -near[id])
             by_words = [id for id in self._by_words(query) if id in rows]
-            relevance: dict[int, float] = {}
+            relevance: defaultdict[int, float] = defaultdict(float)
             for ranked in (by_meaning[:50], by_words[:50]):
                 for place, id in enumerate(ranked):
-                    relevance[id] = relevance.get(id, 0.0) + (_FUSION + 1) / (_FUSION + 1 + place)
+                    relevance[id] += (_FUSION + 1) / (_FUSION + 1 + place)
             now = self._clock()
-            scored = [Found(_fact(rows[id]), share * _worth(rows[id], now))
-                      for id, share in relevance.items()]  # fmt: skip
-            best = sorted(scored, key=lambda found: (-found.score, found.fact.id))[:most]
-            db.executemany(
-                "UPDATE fact SET used = ?, uses = uses + 1 WHERE id = ?",
-                [(now, found.fact.id) for found in best],
-            )
-        return best
+            score = {id: share * _worth(rows[id], now) for id, share in relevance.items()}
+            best = sorted(score, key=lambda id: (-score[id], id))[:most]
+            use = "UPDATE fact SET used = ?, uses = uses + 1 WHERE id = ?"
+            db.executemany(use, [(now, id) for id in best])
+        return [_fact(rows[id]) for id in best]
 
     def delete(self, ids: Sequence[int]) -> int:
         """Deletes facts and all that follows from them, for good; returns how many went."""

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import anyio.to_thread
 
-from agent.memory.facts import Found, Memories
+from agent.memory.facts import Fact, Memories
 from agent.messages import Message, user
 from agent.tools import Context, Tool, ToolFailed, tool
 
@@ -42,7 +42,7 @@ def memory_tools(memories: Memories) -> tuple[Tool, ...]:
         found = await anyio.to_thread.run_sync(
             lambda: memories.search(query, most=min(20, max(1, most)))
         )
-        if any(one.fact.tainted for one in found):
+        if any(fact.tainted for fact in found):
             ctx.taint("memory")
         return _listed(found) or "nothing is remembered about this"
 
@@ -68,9 +68,9 @@ def with_memories(
     found = memories.search(task, most=most)
     if not found:
         return (user(task),), ()
-    tainted = ("memory",) if any(one.fact.tainted for one in found) else ()
+    tainted = ("memory",) if any(fact.tainted for fact in found) else ()
     return (user(f"{task}\n\n[Remembered from before:\n{_listed(found)}]"),), tainted
 
 
-def _listed(found: list[Found]) -> str:
-    return "\n".join(f"{one.fact.id}. {one.fact.text} (from {one.fact.source})" for one in found)
+def _listed(found: list[Fact]) -> str:
+    return "\n".join(f"{fact.id}. {fact.text} (from {fact.source})" for fact in found)

@@ -32,7 +32,7 @@ def memories(tmp_path):
 
 
 def texts(found) -> list[str]:
-    return [one.fact.text for one in found]
+    return [fact.text for fact in found]
 
 
 def test_found_by_words_and_by_meaning(memories):
@@ -53,9 +53,9 @@ def test_importance_and_recency_weigh(memories):
     old = memories.add("The meeting is in room 1.", source="a", importance=0.5)
     memories._clock.now += 90 * 86400
     new = memories.add("The meeting is in room 2.", source="b", importance=0.5)
-    assert [f.fact.id for f in memories.search("Where is the meeting room?")] == [new.id, old.id]
+    assert [f.id for f in memories.search("Where is the meeting room?")] == [new.id, old.id]
     vital = memories.add("The meeting is in room 3.", source="c", importance=1.0)
-    assert memories.search("meeting room")[0].fact.id == vital.id
+    assert memories.search("meeting room")[0].id == vital.id
 
 
 def test_a_key_has_one_value_at_a_time(memories):
