@@ -86,7 +86,6 @@ class Line:
     each success."""
 
     kind: str
-    tries: int
     success: float
     low: float
     high: float
@@ -183,7 +182,7 @@ def _line(kind: str, tries: list[Try], k: int) -> Line:
     wanted = sum(t.wanted for t in tries)
     called = sum(t.called for t in tries)
     return Line(
-        kind, n, passed / n, low, high, pass_hat(tries, k),
+        kind, passed / n, low, high, pass_hat(tries, k),
         sum(t.malformed for t in tries) / called if called else 0.0,
         sum(t.right for t in tries) / wanted if wanted else math.nan,
         sum(t.passed for t in failing) / len(failing) if failing else math.nan,
@@ -204,11 +203,11 @@ def pass_hat(tries: Sequence[Try], k: int) -> float:
     return sum(shares) / len(shares)
 
 
-def wilson(passed: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share (1927)."""
+def wilson(passed: int, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share (1927), at 95 %."""
     if n == 0:
         return 0.0, 1.0
-    p = passed / n
+    p, z = passed / n, 1.96
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
