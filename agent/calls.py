@@ -30,12 +30,14 @@ async def call_tools(drive: Drive) -> bool:
             if drive.state.agent != agent.name:
                 return True
             continue
-        refused, waits = await _judge(drive, agent, tool, call, len(ready))
-        if refused:
-            kind, told = refused
-            await drive.record(ev.ToolFinished(call.id, f"error: {told}", kind))
-        elif not waits:
+        decision = await judge(drive, tool, call, len(ready))
+        if decision.action == "allow":
             ready.append((tool, call))
+        elif decision.action == "deny":
+            told = f"error: {decision.kind}: {decision.reason}"
+            await drive.record(ev.ToolFinished(call.id, told, decision.kind))
+        elif call.id not in drive.state.asked:
+            await drive.record(ev.ApprovalRequested(call, decision.reason))
     if not ready:
         return not drive.state.pending
     for batch in _batches(ready):
@@ -43,39 +45,31 @@ async def call_tools(drive: Drive) -> bool:
     return True
 
 
-async def _judge(
-    drive: Drive, agent: Agent, tool: Tool, call: ToolCall, ahead: int
-) -> tuple[tuple[str, str] | None, bool]:
-    """The kind of error and what the model is told, where the call may not run; whether it waits
-    for a person."""
-    state = drive.state
-    if call.id in state.started and call.id not in drive.mine and tool.effects == "write":
-        told = "a crash interrupted this call; it may or may not have taken effect, and is not "
-        return ("in_doubt", told + "run again"), False
-    bound = drive.root.limits.tool_calls
+async def judge(drive: Drive, tool: Tool, call: ToolCall, ahead: int) -> Decision:
+    """What becomes of a call before which `ahead` others of its turn will run."""
+    agent, state = drive.agent, drive.state
     begun = call.id in state.started
+    if begun and call.id not in drive.mine and tool.effects == "write":
+        told = "a crash interrupted this call; it may or may not have taken effect, and is not "
+        return Decision("deny", told + "run again", "in_doubt")
+    bound = drive.root.limits.tool_calls
     if bound is not None and not begun and state.spent.tool_calls + ahead >= bound:
-        return ("limit", f"limit: {bound} tool calls used; answer with what you have"), False
+        return Decision("deny", f"{bound} tool calls used; answer with what you have", "limit")
     try:
         arguments = tool.parse(call.arguments)
     except ArgumentError:
-        return None, False  # `execute` tells it; nothing runs
+        return Decision("allow")  # `execute` tells it; nothing runs
     if reason := await tripped(agent.guardrails, "call", f"{call.name} {call.arguments}"):
-        return ("guardrail", f"stopped by the guardrail {reason}"), False
+        return Decision("deny", f"stopped by {reason}", "guardrail")
     try:
         decision = decide(agent.policy, tool, arguments, state.tainted_by)
     except Exception as error:
-        decision = Decision("deny", f"the approval rule failed ({type(error).__name__})")
-    if decision.action == "deny":
-        return ("denied", f"denied: {decision.reason}"), False
+        return Decision("deny", f"the approval rule failed ({type(error).__name__})")
     answer = state.decided.get(call.id)
-    if decision.action == "allow" or (answer is not None and answer.approved):
-        return None, False
-    if answer is not None:
-        return ("refused", f"a person refused this call. {answer.note}".strip()), False
-    if call.id not in state.asked:
-        await drive.record(ev.ApprovalRequested(call, decision.reason))
-    return None, True
+    if answer is None or decision.action != "ask":
+        return decision
+    refused = Decision("deny", f"a person refused this call. {answer.note}".strip(), "refused")
+    return Decision("allow") if answer.approved else refused
 
 
 async def _transfer_or_refuse(drive: Drive, agent: Agent, call: ToolCall) -> None:
@@ -99,17 +93,14 @@ async def _call(drive: Drive, tool: Tool, call: ToolCall) -> None:
     pure = tool.effects == "pure"
     await (drive.emit(started) if pure else drive.record(started))
 
-    async def listen(event: ev.Kept | ev.Passing) -> None:
-        await (drive.record(event) if isinstance(event, ev.Retried) else drive.show(event))
-
     async def report(text: str) -> None:
-        await listen(ev.ToolProgress(call.id, text))
+        await drive.listen(ev.ToolProgress(call.id, text))
 
-    ended = await drive.early.take(call, listen)
+    ended = await drive.early.take(call, drive.listen)
     if ended is None:
         context = Context(drive.deps, drive.session, drive.agent.name, call.id, key,
                           drive.state.tainted_by, report)  # fmt: skip
-        ended = await execute(tool, call, context, listen)
+        ended = await execute(tool, call, context, drive.listen)
     ended = replace(ended, call_id=call.id)
     if reason := await tripped(drive.agent.guardrails, "result", ended.content):
         held = f"error: the result is withheld by the guardrail {reason}"

@@ -1,9 +1,4 @@
-"""One process's hold on one session: what to do next, by the fold of its journal (`agent.state`).
-
-What a step did is in the journal before the next begins, and a call before it can have an effect. A
-run that begins, one that another process left in its middle and one that a person has answered take
-the same steps.
-"""
+"""What a run does next, by the fold of its journal (`agent.state`); see `agent.loop`."""
 
 from __future__ import annotations
 
@@ -11,20 +6,18 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import anyio
 import anyio.abc
-from pydantic import TypeAdapter
 
 from agent import events as ev
 from agent.answers import conclude, conclude_by_call
 from agent.calls import call_tools
 from agent.compress import compress
 from agent.early import Early
-from agent.execute import Emit
 from agent.gather import unwrapped
 from agent.journal import MemoryStore, Store
 from agent.messages import Message, user
@@ -59,7 +52,7 @@ class Drive:
 
     def __init__(
         self, agent: Agent, store: Store | None, session: str | None, deps: Any,
-        redactor: Redactor | None, emit: Emit = ignore,
+        redactor: Redactor | None, emit: Callable[[ev.Event], Awaitable[None]] = ignore,
     ):  # fmt: skip
         self.agents = reachable(agent)
         self.root = agent
@@ -130,11 +123,12 @@ class Drive:
         for event in cleaned[shown:]:
             await self.emit(event)
 
-    async def show(self, event: ev.Event) -> None:
-        """Emits what is not kept; a tool's progress may hold secrets as its result may."""
-        if isinstance(event, ev.ToolProgress):
-            event = replace(event, text=self.redactor.text(event.text))
-        await self.emit(event)
+    async def listen(self, event: ev.Retried | ev.ToolProgress) -> None:
+        """What a running tool tells; its progress, which is not kept, may hold secrets too."""
+        if isinstance(event, ev.Retried):
+            await self.record(event)
+        else:
+            await self.emit(replace(event, text=self.redactor.text(event.text)))
 
     async def _go(self, *first: ev.Kept) -> Result:
         seconds = self.root.limits.seconds
@@ -244,7 +238,7 @@ class Drive:
             return Result(self.session, "waiting", None, "", self.state)
         output = finished.output
         if finished.reason == "done" and self.agent.schema is not None:
-            output = TypeAdapter(self.agent.output_type).validate_json(json.dumps(output))
+            output = self.agent.output.validate_json(json.dumps(output))
         return Result(self.session, finished.reason, output, finished.detail, self.state)
 
 

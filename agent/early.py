@@ -10,16 +10,16 @@ progress is told before the call has ended.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio
 
-from agent.events import Kept, Passing, ToolFinished, ToolProgress
-from agent.execute import PARALLEL, Emit, execute
+from agent.calls import judge
+from agent.events import Retried, ToolFinished, ToolProgress
+from agent.execute import PARALLEL, Tell, execute
 from agent.messages import ToolCall
 from agent.model import CallDelta
-from agent.policy import decide, tripped
 from agent.tools import Context, Tool
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class _Begun:
     """A call under way; what it says waits until it is known to be wanted."""
 
     call: ToolCall
-    said: list[Kept | Passing] = field(default_factory=list)
+    said: list[Retried | ToolProgress] = field(default_factory=list)
     ended: ToolFinished | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -69,34 +69,21 @@ class Early:
             drive.group.start_soon(self._run, tool, begun)
 
     async def _may(self, tool: Tool, call: ToolCall) -> bool:
-        drive = self._drive
-        bound = drive.root.limits.tool_calls
-        used = drive.state.spent.tool_calls + len(self._begun)
         if tool.effects != "pure" or tool.serial or tool.context:
-            return False
-        if bound is not None and used >= bound:
             return False
         if sum(not begun.done.is_set() for begun in self._begun) >= PARALLEL:
             return False
-        try:
-            decision = decide(drive.agent.policy, tool, tool.parse(call.arguments),
-                              drive.state.tainted_by)  # fmt: skip
-        except Exception:  # `agent.calls` tells it
-            return False
-        asked = f"{call.name} {call.arguments}"
-        return decision.action == "allow" and not await tripped(
-            drive.agent.guardrails, "call", asked
-        )
+        return (await judge(self._drive, tool, call, len(self._begun))).action == "allow"
 
     async def _run(self, tool: Tool, begun: _Begun) -> None:
-        async def say(event: Kept | Passing) -> None:
+        async def say(event: Retried | ToolProgress) -> None:
             begun.said.append(event)
 
         with begun.scope:
             begun.ended = await execute(tool, begun.call, Context(), say)
         begun.done.set()
 
-    async def take(self, call: ToolCall, listen: Emit) -> ToolFinished | None:
+    async def take(self, call: ToolCall, listen: Tell) -> ToolFinished | None:
         """The end of the call, if it was begun; `listen` is told what it said."""
         wanted = call.name, call.arguments.strip()  # white space may come behind what closed them
         same = (b for b in self._begun if (b.call.name, b.call.arguments.strip()) == wanted)
@@ -107,5 +94,5 @@ class Early:
         await begun.done.wait()
         for event in begun.said:
             mine = isinstance(event, ToolProgress)
-            await listen(ToolProgress(call.id, event.text) if mine else event)
+            await listen(replace(event, call_id=call.id) if mine else event)
         return begun.ended

@@ -17,13 +17,13 @@ from typing import Any
 
 import anyio
 
-from agent.events import Kept, Passing, Retried, ToolFinished, ToolProgress
+from agent.events import Retried, ToolFinished, ToolProgress
 from agent.messages import ToolCall
 from agent.processes import run_process
 from agent.retry import attempts
 from agent.tools import ArgumentError, Context, Tool, ToolFailed, stream_of
 
-Emit = Callable[[Kept | Passing], Awaitable[None]]
+Tell = Callable[[Retried | ToolProgress], Awaitable[None]]
 
 PARALLEL = 8  # calls of one turn that run at the same time
 LARGEST = 10_000_000  # characters of a result that are looked at; the rest is not even copied
@@ -51,7 +51,7 @@ def clean(text: str, most: int) -> str:
     return text
 
 
-async def execute(tool: Tool, call: ToolCall, context: Context, emit: Emit) -> ToolFinished:
+async def execute(tool: Tool, call: ToolCall, context: Context, listen: Tell) -> ToolFinished:
     """Runs the call within its time, again where the tool allows it; returns its end."""
     began = time.monotonic()
 
@@ -68,11 +68,11 @@ async def execute(tool: Tool, call: ToolCall, context: Context, emit: Emit) -> T
         arguments = {tool.context: context, **arguments}
 
     async def tell(number: int, error: Exception) -> None:
-        await emit(Retried("tool", number, f"{tool.name}: {_sentence(error)}"))
+        await listen(Retried("tool", number, f"{tool.name}: {_sentence(error)}"))
 
     try:
         return finish(await attempts(
-            lambda: _once(tool, call, arguments, emit),
+            lambda: _once(tool, call, arguments, listen),
             lambda error: isinstance(error, tool.retry_on), tool.retries, tell,
         ))  # fmt: skip
     except ToolFailed as error:
@@ -89,7 +89,7 @@ class _TimedOut(Exception):
     pass
 
 
-async def _once(tool: Tool, call: ToolCall, arguments: dict[str, Any], emit: Emit) -> str:
+async def _once(tool: Tool, call: ToolCall, arguments: dict[str, Any], listen: Tell) -> str:
     if tool.own_process:
         return await _in_process(tool, call)
     pieces: list[str] = []
@@ -99,7 +99,7 @@ async def _once(tool: Tool, call: ToolCall, arguments: dict[str, Any], emit: Emi
             async for piece in results:
                 pieces.append(piece)
                 if progressive:
-                    await emit(ToolProgress(call.id, clean(piece, tool.max_result)))
+                    await listen(ToolProgress(call.id, clean(piece, tool.max_result)))
     if limit.cancelled_caught:
         raise _TimedOut
     return "".join(pieces)

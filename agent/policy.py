@@ -54,10 +54,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a call, and the reason that a person and the journal are told."""
+    """What becomes of a call, the reason that a person and the journal are told, and the kind of
+    error that a call has which does not run."""
 
     action: Action
     reason: str = ""
+    kind: str = "denied"
 
 
 def decide(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, create_model
 from pydantic.errors import PydanticUserError
 
 from agent.compress import Compression
 from agent.limits import Limits
 from agent.model import Model, Settings, ToolSpec
 from agent.policy import Guardrail, Policy
-from agent.tools import Tool
+from agent.tools import Tool, as_text
 from jaxinfra.errors import UserError
 
 FINAL = "final_result"  # the tool through which an agent with tools gives a structured answer
@@ -54,12 +55,24 @@ class Agent:
                 f"{str(error).splitlines()[0]}"
             ) from None
 
-    @property
+    @functools.cached_property
+    def output(self) -> TypeAdapter[Any]:
+        """What checks the final answer."""
+        return TypeAdapter(self.output_type)
+
+    @functools.cached_property
     def schema(self) -> dict[str, Any] | None:
         """The JSON schema of a structured answer; None for text."""
-        return None if self.output_type is str else TypeAdapter(self.output_type).json_schema()
+        return None if self.output_type is str else self.output.json_schema()
 
-    @property
+    @functools.cached_property
+    def final(self) -> Tool:
+        """The tool whose one argument is the structured answer."""
+        config = ConfigDict(extra="forbid")
+        answer = create_model(FINAL, __config__=config, answer=(self.output_type, ...))
+        return Tool(FINAL, "Gives the final answer and ends the task.", as_text, answer)
+
+    @functools.cached_property
     def specs(self) -> tuple[ToolSpec, ...]:
         """All that its model may call."""
         specs = [tool.spec for tool in self.tools]
@@ -67,14 +80,7 @@ class Agent:
         for other in self.handoffs:
             specs.append(ToolSpec(transfer_name(other), f"Hand over: {other.description}", nothing))
         if specs and self.schema is not None:
-            wrapped = {
-                "type": "object", "properties": {"answer": self.schema},
-                "required": ["answer"], "additionalProperties": False,
-            }  # fmt: skip
-            definitions = wrapped["properties"]["answer"].pop("$defs", None)
-            if definitions:
-                wrapped["$defs"] = definitions
-            specs.append(ToolSpec(FINAL, "Gives the final answer and ends the task.", wrapped))
+            specs.append(self.final.spec)
         return tuple(specs)
 
 

@@ -102,9 +102,8 @@ class Tool:
     @functools.cached_property
     def spec(self) -> ToolSpec:
         """What the model is told."""
-        schema = self.schema or without(
-            self.arguments.model_json_schema(), "title"
-        )  # repeats the name
+        # Titles only repeat the names.
+        schema = self.schema or without(self.arguments.model_json_schema(), "title")
         return ToolSpec(self.name, self.description, schema)
 
     @property
