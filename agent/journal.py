@@ -37,9 +37,8 @@ class Store(Protocol):
         once this returns. Raises Conflict where the session does not end at `after`."""
         ...
 
-    async def read(self, session: str, after: int = 0, until: int | None = None) -> list[Recorded]:
-        """The events with numbers beyond `after`, up to `until`, in order; none for a session
-        nobody began."""
+    async def read(self, session: str, until: int | None = None) -> list[Recorded]:
+        """The events up to number `until`, in order; none for a session nobody began."""
         ...
 
     async def sessions(self) -> list[SessionInfo]:
@@ -67,8 +66,8 @@ class MemoryStore:
             self._journal[session] = journal + recorded
         return recorded
 
-    async def read(self, session: str, after: int = 0, until: int | None = None) -> list[Recorded]:
-        return self._journal.get(session, [])[after:until]
+    async def read(self, session: str, until: int | None = None) -> list[Recorded]:
+        return self._journal.get(session, [])[:until]
 
     async def sessions(self) -> list[SessionInfo]:
         return sorted(

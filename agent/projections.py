@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from agent import events as ev
+from agent import genai_names as names
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time, in seconds since 1970, that the event number `seq` ended."""
+    """A stretch of time, in seconds since 1970, that the event number `seq` ended; its attributes
+    have the names of `agent.genai_names`."""
 
     kind: Literal["run", "model", "tool", "approval"]
     name: str
@@ -31,10 +33,10 @@ def spans(events: Sequence[ev.Recorded]) -> list[Span]:
     open_spans: dict[tuple[str, str], Span] = {}
     agent = ""
 
-    def close(kind: str, id: str, last: ev.Recorded, **attributes: Any) -> None:
+    def close(kind: str, id: str, last: ev.Recorded, told: dict[str, Any]) -> None:
         begun = open_spans.pop((kind, id), None)
         if begun is not None:
-            known = {**begun.attributes, **attributes}
+            known = begun.attributes | told
             made.append(replace(begun, end=last.time, seq=last.seq, attributes=known))
 
     for recorded in events:
@@ -42,33 +44,39 @@ def spans(events: Sequence[ev.Recorded]) -> list[Span]:
         match event:
             case ev.RunStarted():
                 agent = event.agent
-                open_spans["run", ""] = Span("run", agent, at, at)
+                open_spans["run", ""] = Span("run", agent, at, at, 0, {names.AGENT: agent})
             case ev.HandedOff():
                 agent = event.agent
             case ev.ModelResponded():
                 usage = event.usage
                 known = {
-                    "agent": agent, "input": usage.input, "output": usage.output,
-                    "cached": usage.cached, "cost": usage.cost, "finish": event.finish,
+                    names.AGENT: agent, names.REQUEST_MODEL: event.model,
+                    names.INPUT_TOKENS: usage.input, names.OUTPUT_TOKENS: usage.output,
+                    names.CACHED_TOKENS: usage.cached, names.COST: usage.cost,
+                    names.FINISH_REASONS: [event.finish],
                 }  # fmt: skip
                 made.append(Span("model", event.model, at - event.seconds, at, recorded.seq, known))
             case ev.ToolStarted():
-                known = {"agent": agent, "call_id": event.call_id}
+                known = {names.AGENT: agent, names.TOOL: event.name, names.TOOL_TYPE: "function",
+                         names.TOOL_CALL: event.call_id}  # fmt: skip
                 open_spans["tool", event.call_id] = Span("tool", event.name, at, at, 0, known)
             case ev.ToolFinished():
-                close("tool", event.call_id, recorded, error=event.error, tainted=event.tainted,
-                      size=len(event.content))  # fmt: skip
+                error = {names.ERROR: event.error} if event.error else {}
+                close("tool", event.call_id, recorded, {names.TAINTED: event.tainted, **error})
                 if made and made[-1].seq == recorded.seq:  # a pure call's beginning is kept late
                     made[-1] = replace(made[-1], start=recorded.time - event.seconds)
             case ev.ApprovalRequested():
-                name = event.call.name
-                open_spans["approval", event.call.id] = Span("approval", name, at, at)
+                known = {names.AGENT: agent, names.TOOL: event.call.name}
+                span = Span("approval", event.call.name, at, at, 0, known)
+                open_spans["approval", event.call.id] = span
             case ev.ApprovalDecided():
-                close("approval", event.call_id, recorded, approved=event.approved)
+                close("approval", event.call_id, recorded, {names.APPROVED: event.approved})
             case ev.RunFinished():
-                close("run", "", recorded, reason=event.reason)
+                bad = event.reason in ("error", "guardrail")
+                error = {names.ERROR: event.reason} if bad else {}
+                close("run", "", recorded, {names.END: event.reason, **error})
     for kind, id in list(open_spans):
-        close(kind, id, events[-1], unfinished=True)
+        close(kind, id, events[-1], {names.ERROR: "unfinished"})
     return sorted(made, key=lambda span: span.start)
 
 
@@ -95,12 +103,14 @@ def costs(events: Sequence[ev.Recorded]) -> list[Cost]:
     for span in spans(events):
         if span.kind not in ("model", "tool") or span.seq <= first:
             continue
-        key = (span.attributes["agent"], span.name)
-        line = lines.get(key, Cost(*key))
         told = span.attributes
+        key = (told[names.AGENT], span.name)
+        line = lines.get(key, Cost(*key))
         lines[key] = replace(
             line, times=line.times + 1, seconds=line.seconds + span.end - span.start,
-            input=line.input + told.get("input", 0), output=line.output + told.get("output", 0),
-            cached=line.cached + told.get("cached", 0), cost=line.cost + told.get("cost", 0.0),
+            input=line.input + told.get(names.INPUT_TOKENS, 0),
+            output=line.output + told.get(names.OUTPUT_TOKENS, 0),
+            cached=line.cached + told.get(names.CACHED_TOKENS, 0),
+            cost=line.cost + told.get(names.COST, 0.0),
         )  # fmt: skip
     return list(lines.values())

@@ -30,7 +30,7 @@ from jaxinfra.errors import UserError
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Append:
     session: str
     after: int
@@ -77,23 +77,21 @@ class SQLStore(ABC):
         self._waiting.append(item)
         with anyio.CancelScope(shield=True):
             async with self._turn:
-                if (
-                    item.recorded is None and item.error is None
-                ):  # else whoever had the turn before has committed this too
+                if item in self._waiting:  # else whoever had the turn before has committed it too
                     batch, self._waiting = self._waiting, []
                     await anyio.to_thread.run_sync(self._commit, batch)
         if item.recorded is None:
             raise item.error or AssertionError("it was committed")
         return item.recorded
 
-    async def read(self, session: str, after: int = 0, until: int | None = None) -> list[Recorded]:
+    async def read(self, session: str, until: int | None = None) -> list[Recorded]:
         query = (
-            "SELECT seq, time, line, checksum FROM event "
-            "WHERE session = ? AND seq > ? AND seq <= ? ORDER BY seq"
+            "SELECT seq, time, line, checksum FROM event WHERE session = ? AND seq <= ? "
+            "ORDER BY seq"
         )
         last = 2**62 if until is None else until
-        rows = await self._in_thread(lambda db: self._rows(db, query, session, after, last))
-        return [self._checked(session, n, row) for n, row in enumerate(rows, after + 1)]
+        rows = await self._in_thread(lambda db: self._rows(db, query, session, last))
+        return [self._checked(session, n, row) for n, row in enumerate(rows, 1)]
 
     async def sessions(self) -> list[SessionInfo]:
         query = "SELECT session, count(*), min(time), max(time) FROM event GROUP BY session"

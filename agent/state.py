@@ -6,6 +6,7 @@ process that died left a journal, its fold is the same state, and the same next 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -144,8 +145,5 @@ def _finish_call(state: State, event: ev.ToolFinished) -> dict[str, Any]:
     return made
 
 
-def fold(events: Iterable[ev.Recorded], state: State | None = None) -> State:
-    state = state or State()
-    for recorded in events:
-        state = evolve(state, recorded)
-    return state
+def fold(events: Iterable[ev.Recorded]) -> State:
+    return functools.reduce(evolve, events, State())

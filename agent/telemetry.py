@@ -17,7 +17,7 @@ from typing import Any
 from agent import genai_names as names
 from agent.events import ModelResponded, Recorded, RunStarted, ToolFinished
 from agent.messages import to_openai
-from agent.projections import Span, spans
+from agent.projections import spans
 
 _OPERATION = {
     "run": names.INVOKE_AGENT, "model": names.CHAT, "tool": names.EXECUTE_TOOL,
@@ -37,60 +37,31 @@ def export(
     meter = metrics.get_meter("jaxinfra.agent", meter_provider=meter_provider)
     duration = meter.create_histogram(*names.OPERATION_DURATION)
     usage = meter.create_histogram(*names.TOKEN_USAGE)
-    found = spans(events)
+    found = sorted(spans(events), key=lambda span: span.kind != "run")
     said = _contents(events) if content else {}
-    runs = [one for one in found if one.kind == "run"]
-    parents = {}
-    for one in [*runs, *(other for other in found if other.kind != "run")]:
-        run = next((r for r in reversed(runs) if r.start <= one.start), None)
-        inside = parents.get(id(run)) if one.kind != "run" else None
-        context = trace.set_span_in_context(inside) if inside is not None else None
-        attributes = {**_attributes(one, session, provider), **said.get(one.seq, {})}
+    runs: list[tuple[float, Any]] = []
+    for one in found:
+        inside = [run for start, run in runs if start <= one.start and one.kind != "run"]
+        context = trace.set_span_in_context(inside[-1]) if inside else None
+        labels = {names.OPERATION: _OPERATION[one.kind], names.PROVIDER: provider}
         span = tracer.start_span(
             f"{_OPERATION[one.kind]} {one.name}", context=context, start_time=int(one.start * 1e9),
-            attributes=attributes, kind=trace.SpanKind.CLIENT if one.kind == "model" else
-            trace.SpanKind.INTERNAL,
+            attributes={**labels, names.CONVERSATION: session, **one.attributes,
+                        **said.get(one.seq, {})},
+            kind=trace.SpanKind.CLIENT if one.kind == "model" else trace.SpanKind.INTERNAL,
         )  # fmt: skip
-        if names.ERROR in attributes:
-            span.set_status(trace.StatusCode.ERROR, str(attributes[names.ERROR]))
+        if error := one.attributes.get(names.ERROR):
+            span.set_status(trace.StatusCode.ERROR, error)
         span.end(int(one.end * 1e9))
         if one.kind == "run":
-            parents[id(one)] = span
-        labels = {names.OPERATION: _OPERATION[one.kind], names.PROVIDER: provider}
+            runs.append((one.start, span))
         if one.kind in ("model", "tool"):
             duration.record(one.end - one.start, labels)
         if one.kind == "model":
             model = {**labels, names.REQUEST_MODEL: one.name}
-            for kind in ("input", "output"):
-                usage.record(one.attributes[kind], {**model, names.TOKEN_TYPE: kind})
+            for kind, name in (("input", names.INPUT_TOKENS), ("output", names.OUTPUT_TOKENS)):
+                usage.record(one.attributes[name], {**model, names.TOKEN_TYPE: kind})
     return len(found)
-
-
-def _attributes(span: Span, session: str, provider: str) -> dict[str, Any]:
-    known = span.attributes
-    made: dict[str, Any] = {
-        names.OPERATION: _OPERATION[span.kind], names.PROVIDER: provider,
-        names.CONVERSATION: session, names.AGENT: known.get("agent", span.name),
-    }  # fmt: skip
-    if span.kind == "model":
-        made |= {
-            names.REQUEST_MODEL: span.name, names.INPUT_TOKENS: known["input"],
-            names.OUTPUT_TOKENS: known["output"], names.CACHED_TOKENS: known["cached"],
-            names.FINISH_REASONS: [known["finish"]], names.COST: known["cost"],
-        }  # fmt: skip
-    elif span.kind == "tool":
-        made |= {
-            names.TOOL: span.name, names.TOOL_TYPE: "function",
-            names.TOOL_CALL: known["call_id"], names.TAINTED: known.get("tainted", False),
-        }  # fmt: skip
-    elif span.kind == "approval":
-        made |= {names.TOOL: span.name, names.APPROVED: known.get("approved", False)}
-    else:
-        made[names.END] = known.get("reason", "")
-    error = known.get("error") or ("unfinished" if known.get("unfinished") else None)
-    if span.kind == "run" and known.get("reason") in ("error", "guardrail"):
-        error = known["reason"]
-    return made if error is None else {**made, names.ERROR: error}
 
 
 def _contents(events: Sequence[Recorded]) -> dict[int, dict[str, str]]:

@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from agent import events as ev
+from agent import genai_names as names
 from agent.journal import Store
 from agent.projections import Cost, Span, costs, spans
 from jaxinfra.errors import UserError
@@ -78,9 +79,7 @@ def _timeline(lines: Sequence[tuple[str, Span]]) -> str:
         x, y = 240 + 700 * (span.start - first) / whole, 4 + 18 * i
         width = max(1.5, 700 * (span.end - span.start) / whole)
         told = span.attributes
-        bad = (
-            told.get("error") or told.get("unfinished") or told.get("reason") in ("error", "limit")
-        )
+        bad = names.ERROR in told or told.get(names.END) == "limit"
         shown = f"{span.kind} {span.name}"
         title = f"{session}: {shown}, {span.end - span.start:.3f} s, {json.dumps(told)}"
         drawn.append(

@@ -152,4 +152,4 @@ def test_a_crashed_run_is_shown_as_unfinished():
         await cut.append("s", 0, [r.event for r in events[:3]])
         return await family(cut, "s")
 
-    assert "&quot;unfinished&quot;: true" in page("s", anyio.run(main))
+    assert "&quot;error.type&quot;: &quot;unfinished&quot;" in page("s", anyio.run(main))
