@@ -148,11 +148,8 @@ class Serve:
     """0 picks one."""
 
     def __call__(self) -> None:
-        keys = dict(
-            pair.split("=", 1)
-            for pair in filter(None, os.environ.get("JAXINFRA_AGENT_KEYS", "").split(","))
-            if "=" in pair
-        )
+        pairs = os.environ.get("JAXINFRA_AGENT_KEYS", "").split(",")
+        keys = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
         if self.host not in ("127.0.0.1", "::1", "localhost") and not keys:
             raise UserError(
                 f"agent serve: {self.host} is open to others; set JAXINFRA_AGENT_KEYS=ada=KEY,..."
