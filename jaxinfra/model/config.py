@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,20 @@ from jaxinfra.errors import UserError
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen3_moe", "mixtral")
 
 MOST_LAYERS = 10_000  # a guard: a damaged file's number must not become hours of work
+
+
+def _whole(what: str, values: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if type(value) is not int or value < 1:
+            raise UserError(f"config: {what}{name}={value!r} must be a positive integer")
+
+
+def _positive(what: str, values: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"config: {what}{name}={value!r} must be a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +49,15 @@ class Rope:
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
 
+    def __post_init__(self) -> None:
+        _positive("rope ", self, "theta", "factor", "low_freq_factor", "high_freq_factor")
+        _whole("rope ", self, "original_max_seq_len")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"config: rope low_freq_factor={self.low_freq_factor} must be less than "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
@@ -44,6 +68,15 @@ class Experts:
     d_ff: int
     renormalise: bool  # divide the chosen probabilities by their sum
     balance_coef: float  # weight of the load-balance loss in training
+
+    def __post_init__(self) -> None:
+        _whole("experts ", self, "num_experts", "top_k", "d_ff")
+        if self.top_k > self.num_experts:
+            raise UserError(f"config: top_k={self.top_k} of {self.num_experts} experts")
+        if not 0 <= self.balance_coef < math.inf:
+            raise UserError(
+                f"config: experts balance_coef={self.balance_coef} must be 0 or a positive number"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +114,14 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads",
-                     "head_dim", "d_ff", "max_seq_len"):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"config: {name}={value!r} must be a positive integer")
+        _whole("", self, "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads",
+               "head_dim", "d_ff", "max_seq_len")  # fmt: skip
+        _positive("", self, "norm_eps")
+        for name in ("attn_scale", "logit_soft_cap", "embed_scale"):
+            if getattr(self, name) is not None:
+                _positive("", self, name)
         if self.num_layers > MOST_LAYERS:
             raise UserError(f"config: num_layers={self.num_layers} is more than {MOST_LAYERS:,}")
-        for name, value in (("norm_eps", self.norm_eps), ("rope theta", self.rope.theta)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"config: {name}={value!r} must be a positive number")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"config: num_heads={self.num_heads} is not a multiple of "
@@ -105,18 +136,11 @@ class ModelConfig:
                 f"config: {len(self.windows)} attention windows for {self.num_layers} layers"
             )
         for window in self.windows or ():
-            if window is not None and (not isinstance(window, int) or window < 1):
+            if window is not None and (type(window) is not int or window < 1):
                 raise UserError(f"config: attention window {window!r} must be a positive integer")
-        if self.experts:
-            for name in ("num_experts", "top_k", "d_ff"):
-                if not isinstance(getattr(self.experts, name), int):
-                    raise UserError(
-                        f"config: experts.{name}={getattr(self.experts, name)!r} must be an integer"
-                    )
-        if self.experts and not 1 <= self.experts.top_k <= self.experts.num_experts:
-            raise UserError(
-                f"config: top_k={self.experts.top_k} of {self.experts.num_experts} experts"
-            )
+        for token in (self.bos_id, *self.eos_ids):
+            if token is not None and type(token) is not int:
+                raise UserError(f"config: {token!r} is given as a token id; ids are integers")
 
     @property
     def scale(self) -> float:

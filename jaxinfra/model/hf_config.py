@@ -71,7 +71,7 @@ def _read(family: str, raw: Mapping[str, Any]) -> ModelConfig:
         num_layers=raw["num_hidden_layers"],
         d_model=d_model,
         num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+        num_kv_heads=num_heads if (kv := raw.get("num_key_value_heads")) is None else kv,
         head_dim=head_dim,
         d_ff=raw["intermediate_size"],
         max_seq_len=raw.get("max_position_embeddings", 4096),
@@ -145,6 +145,8 @@ def _read_windows(family: str, raw: Mapping[str, Any]) -> tuple[int | None, ...]
             kinds = ["sliding_attention" if i >= start else "full_attention" for i in range(layers)]
     if len(kinds) != layers:
         raise UserError(f"config: {len(kinds)} layer_types for {layers} layers")
+    if unknown := {*kinds} - {"full_attention", "sliding_attention"}:
+        raise UserError(f"config: layer_types {min(unknown)!r} is not supported")
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else None
 

@@ -8,6 +8,9 @@ from jaxinfra.errors import UserError
 from jaxinfra.model.config import ModelConfig
 from tests.jaxinfra.model_families import CONFIGS
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+          "original_max_position_embeddings": 64}  # fmt: skip
+
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_what_is_written_reads_as_the_same(family):
@@ -32,6 +35,14 @@ def test_what_is_written_reads_as_the_same(family):
         ("llama", {"rope_parameters": {"rope_theta": "x"}}, "could not convert"),
         ("llama", {"rope_parameters": 5}, "a wrong value"),
         ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope theta=0.0 must be a positive"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope factor=0.0"),
+        ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4}},
+         "low_freq_factor=4.0 must be less than high_freq_factor=4.0"),
+        ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": -64}},
+         "original_max_seq_len=-64 must be a positive integer"),
+        ("llama", {"num_key_value_heads": 0}, "num_kv_heads=0 must be a positive integer"),
+        ("llama", {"eos_token_id": "x"}, "'x' is given as a token id"),
+        ("llama", {"bos_token_id": [1]}, "[1] is given as a token id"),
         ("llama", {"rms_norm_eps": "x"}, "norm_eps='x' must be a positive number"),
         ("llama", {"rms_norm_eps": -1.0}, "norm_eps=-1.0"),
         ("llama", {"num_hidden_layers": 10**9}, "num_layers=1000000000 is more than 10,000"),
@@ -41,9 +52,14 @@ def test_what_is_written_reads_as_the_same(family):
         ("mistral", {"sliding_window": "abc"}, "attention window 'abc' must be a positive integer"),
         ("gemma3", {"query_pre_attn_scalar": None}, "a wrong value"),
         ("gemma3", {"layer_types": ["full_attention"]}, "1 layer_types for 4 layers"),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 4}, "'chunked_attention' is not supp"),
+        ("gemma3", {"query_pre_attn_scalar": -256}, "must be a positive number"),
+        ("gemma3", {"final_logit_softcapping": "x"}, "logit_soft_cap='x' must be"),
         ("gemma3", {"use_bidirectional_attention": True}, "no decoder"),
         ("mixtral", {"num_local_experts": 1}, "top_k=2 of 1 experts"),
-        ("mixtral", {"num_local_experts": "8"}, "must be an integer"),
+        ("mixtral", {"num_local_experts": "8"}, "num_experts='8' must be a positive integer"),
+        ("qwen3_moe", {"moe_intermediate_size": -5}, "d_ff=-5 must be a positive integer"),
+        ("qwen3_moe", {"router_aux_loss_coef": float("nan")}, "balance_coef=nan must be 0 or a"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_named(family, change, words):
