@@ -77,7 +77,10 @@ def load(
     path = pull(str(name), offline=offline)
     config, params = load_weights(path, dtype, sharding)
     tokenizer = Tokenizer.from_path(path)
-    tokenizer.check(config)
+    try:
+        tokenizer.check(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return Model(config, params, tokenizer)
 
 

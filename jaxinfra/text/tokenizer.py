@@ -7,12 +7,9 @@ same folder. This module imports no jax.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from jaxinfra.errors import UserError
+from jaxinfra.files import write_file
 from jaxinfra.text import chat, gguf_vocabulary
 from jaxinfra.text.stream import Stream, byte_alphabet
 
@@ -41,9 +39,11 @@ class Tokenizer:
 
     @classmethod
     def from_path(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a .gguf file, or of a folder with one or with a tokenizer.json."""
+        """The tokenizer of a .gguf file, or of a folder with a tokenizer.json or with one."""
         path = Path(path)
-        gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+        if path.is_file():
+            return cls.from_gguf(path)
+        gguf = [] if (path / "tokenizer.json").exists() else sorted(path.glob("*.gguf"))
         return cls.from_gguf(gguf[0]) if gguf else cls.from_folder(path)
 
     @classmethod
@@ -240,10 +240,11 @@ class Tokenizer:
         if self.eos_ids != (self._id("eos_token"),):  # transformers keeps these elsewhere
             config["eos_token_ids"] = list(self.eos_ids)
         template = folder / "chat_template.jinja"
-        _write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+        told = json.dumps(config, indent=2, ensure_ascii=False)
+        write_file(folder / "tokenizer.json", self.backend.to_str(pretty=True).encode())
+        write_file(folder / "tokenizer_config.json", told.encode())
         if self.chat_template is not None:
-            _write(template, self.chat_template)
+            write_file(template, self.chat_template.encode())
         else:
             template.unlink(missing_ok=True)
 
@@ -312,18 +313,3 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
     if not isinstance(template, str | None):
         raise TypeError("the chat template is no text")
     return template
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None

@@ -191,9 +191,7 @@ def model_of(config: TrainConfig) -> tuple[ModelConfig, Tokenizer, Callable[[], 
     """The shape, the tokenizer, and how to make the first parameters."""
     start = None if config.finetune is None else load(config.finetune)
     if config.tokenizer is not None:
-        path = pull(config.tokenizer)
-        from_gguf = path.suffix == ".gguf"
-        tokenizer = Tokenizer.from_gguf(path) if from_gguf else Tokenizer.from_folder(path)
+        tokenizer = Tokenizer.from_path(pull(config.tokenizer))
     else:
         tokenizer = start.tokenizer if start else Tokenizer.byte_level()
     if start is not None:

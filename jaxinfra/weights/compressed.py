@@ -54,9 +54,10 @@ def quantization(folder: str | Path) -> dict[str, Any] | None:
     """The `quantization_config` of the folder's config.json, None where it has none."""
     file = Path(folder) / "config.json"
     try:
-        return json.loads(file.read_text()).get(KEY)
+        told = json.loads(file.read_text()).get(KEY)
     except (OSError, ValueError, AttributeError, RecursionError):
         return None  # `ModelConfig.from_file` says what is wrong
+    return told if isinstance(told, dict | None) else {"quant_method": told}
 
 
 def load(folder: str | Path, config: ModelConfig, dtype: Any, sharding: Any = None) -> Params:

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from jaxinfra.errors import UserError
-from jaxinfra.weights.files import CANNOT_WRITE, writing
+from jaxinfra.files import CANNOT_WRITE, writing
 
 _TIMEOUT = 15.0  # seconds without a byte
 _TRIES = 5  # in a row without a new byte

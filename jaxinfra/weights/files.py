@@ -1,4 +1,4 @@
-"""Writing: what goes wrong is told with its remedy, and a folder appears whole or not at all."""
+"""Folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,25 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxinfra.errors import UserError
-
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-                errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)  # fmt: skip
-
-
-@contextlib.contextmanager
-def writing(
-    path: Path, elsewhere: str = "choose a folder on another disk", need: str = ""
-) -> Iterator[None]:
-    """Makes an OSError of the block that writes `path` a UserError: make room, or `elsewhere`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: the disk is full{need} ({reason}); make room or {elsewhere}"
-            ) from None
-        raise UserError(f"{path}: cannot be written ({reason}); {elsewhere}") from None
+from jaxinfra.files import writing
 
 
 @contextlib.contextmanager

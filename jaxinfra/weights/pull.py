@@ -28,9 +28,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from jaxinfra.errors import UserError
+from jaxinfra.files import CANNOT_WRITE, writing
 from jaxinfra.model.presets import PRESETS
 from jaxinfra.weights.download import digest, fetch
-from jaxinfra.weights.files import CANNOT_WRITE, writing
 from jaxinfra.weights.index import INDEX, weight_map
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja"]

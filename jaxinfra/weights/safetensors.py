@@ -89,7 +89,7 @@ def headers(folder: Path) -> dict[str, Stored]:
     """Where every tensor of the checkpoint in `folder` lies, by name."""
     index = folder / INDEX
     if not index.exists():
-        if not (folder / "model.safetensors").exists():
+        if not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder}: holds neither model.safetensors nor {INDEX}")
         return header(folder / "model.safetensors")
     places = weight_map(index)

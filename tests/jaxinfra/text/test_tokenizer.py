@@ -252,6 +252,15 @@ def test_a_folder_that_cannot_be_written_is_named_and_left_as_it_was(tmp_path):
     assert not list((tmp_path / "m").glob(".*"))
 
 
+def test_a_folder_s_tokenizer_json_comes_before_a_gguf_beside_it(tmp_path):
+    """As the weights of a folder with a config.json do."""
+    (tmp_path / "model.gguf").write_bytes(b"of something else")
+    with pytest.raises(UserError, match=r"model\.gguf: not a GGUF file"):
+        Tokenizer.from_path(tmp_path)
+    Tokenizer.byte_level().save(tmp_path)
+    assert Tokenizer.from_path(tmp_path).vocab_size == 320
+
+
 def test_special_tokens_are_read_as_transformers_does(tmp_path):
     spec = write_folder("llama3", tmp_path)
     write = lambda name, value: (tmp_path / name).write_text(json.dumps(value))  # noqa: E731

@@ -68,6 +68,11 @@ def _config_only(path):
     (path / "model.safetensors").unlink()
 
 
+def _folder_for_weights(path):
+    _config_only(path)
+    (path / "model.safetensors").mkdir()
+
+
 def _bad_json(path):
     _make("safetensors", path)
     (path / "config.json").write_text("{")
@@ -77,7 +82,7 @@ def _edit(path, old, new):
     _make("safetensors", path)
     text = (path / "config.json").read_text()
     assert old in text
-    (path / "config.json").write_text(text.replace(old, new))
+    (path / "config.json").write_text(text.replace(old, new, 1))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +96,8 @@ def _edit(path, old, new):
         (_two_files, "holds 2 .gguf files; give one"),
         (_config_only, "holds neither model.safetensors nor"),
         (_bad_json, "config.json: not valid JSON"),
+        (_folder_for_weights, "holds neither model.safetensors nor"),
+        (lambda p: _edit(p, "{", '{"quantization_config": "int8",'), "quantised by 'int8'"),
         (lambda p: _edit(p, '"llama"', '"mamba"'), "model_type 'mamba' is not supported"),
         (
             lambda p: _edit(p, '"num_key_value_heads": 2', '"num_key_value_heads": 4'),
