@@ -46,6 +46,11 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be made ({error.strerror})") from None
+        self._failed = False
+        # Its threads log tracebacks of what `save` and `finish` raise.
+        self._orbax_log = logging.getLogger("absl")
+        self._level = self._orbax_log.level
+        self._orbax_log.setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -81,9 +86,16 @@ class Checkpoints:
             raise self._unwritten(None, error) from None
 
     def close(self) -> None:
-        """Ends the writing thread; call `finish` first to hear of what it could not write."""
+        """Ends the writing thread and removes what it could not write to its end.
+
+        Call `finish` first to hear of that.
+        """
         with contextlib.suppress(Exception):
             self._manager.close()
+        self._orbax_log.setLevel(self._level)
+        if self._failed:
+            for half in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(half, ignore_errors=True)
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest checkpoint that is whole, or None where there is none at all.
@@ -133,6 +145,7 @@ class Checkpoints:
         return state
 
     def _unwritten(self, step: int | None, error: Exception) -> UserError:
+        self._failed = True
         place = self.folder if step is None else self.folder / str(step)
         full = os.strerror(errno.ENOSPC)
         if full in str(error):

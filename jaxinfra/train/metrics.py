@@ -8,6 +8,7 @@ that is not finite is null.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -19,8 +20,7 @@ from typing import Any
 
 import jax
 
-from jaxinfra.errors import UserError
-from jaxinfra.files import write_file
+from jaxinfra.files import write_file, writing
 
 
 class MetricsLog:
@@ -40,30 +40,31 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Adds one step's row."""
         finite = {name: None if _not_finite(value) else value for name, value in row.items()}
-        try:
+        with writing(self._file, "give another --out"):
             self._stream.write(json.dumps(finite) + "\n")
             self._stream.flush()
-        except OSError as error:
-            raise UserError(f"{self._file}: cannot be written ({error.strerror})") from None
         if self._events is not None:
             self._events.write(row)
 
     def close(self) -> None:
         """Ends all files."""
-        self._stream.close()
+        with contextlib.suppress(OSError):  # `write` told of it
+            self._stream.close()
         if self._events is not None:
             self._events.close()
 
 
 def read_metrics(file: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    """The rows of a metrics.jsonl; a line that was cut off or damaged is left out."""
     rows = []
     if Path(file).exists():
-        for line in Path(file).read_text().splitlines():
+        for line in Path(file).read_text(errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
-                break
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 

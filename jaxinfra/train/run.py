@@ -64,9 +64,9 @@ class Run:
         """Raises UserError where there is no run to resume, or one that would be overwritten."""
         self.config, self.console, self.on_row = config, console, on_row
         self.out = Path(config.out).expanduser()
-        run = next((self.out / "checkpoints").glob("[0-9]*"), None)
+        run = any(path.name.isdigit() for path in (self.out / "checkpoints").glob("*"))
         if config.resume:
-            if run is None:
+            if not run:
                 raise UserError(f"{self.out}: holds no run to resume; leave --resume out")
         elif run or (self.out / "model").exists():
             what = "a run" if run else "a folder `model`, which this run would replace"

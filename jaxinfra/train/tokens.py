@@ -41,8 +41,12 @@ def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> TokenFile:
     made_by = fingerprint(tokenizer)
     name = hashlib.sha256(f"{corpus.version}\n{made_by}".encode()).hexdigest()[:16]
     folder = cache_folder() / "tokens" / name
-    if not (folder / "tokens.json").exists():
-        _write(folder, corpus, tokenizer, made_by)
+    if not is_token_folder(folder):
+        try:
+            _write(folder, corpus, tokenizer, made_by)
+        except UserError:
+            if not is_token_folder(folder):  # or another process was faster
+                raise
     return read(folder)
 
 
@@ -58,6 +62,8 @@ def read(folder: str | Path) -> TokenFile:
         about = json.loads((folder / "tokens.json").read_text())
         dtype, count = np.dtype(about["dtype"]), about["tokens"]
         known = (about["sha256"], about["tokenizer"], about["end_id"])
+        if dtype.str not in ("<u2", "<u4") or type(count) is not int or count < 1:
+            raise ValueError(f"{count!r} numbers of type {dtype}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/tokens.json: not readable ({error}); delete the folder"

@@ -125,6 +125,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match=r"2: the disk is full; make room .* are whole: 1\)"):
         checkpoints.save(state)
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # as a thread leaves it that could not go on
     monkeypatch.undo()
     # There was room, and while it is written there is none any more.
 
@@ -138,7 +139,17 @@ def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):
         checkpoints.finish()
     checkpoints.close()
     monkeypatch.undo()
+    assert not (tmp_path / "3.orbax-checkpoint-tmp").exists()
     assert equal_bits(restored(tmp_path), states[1])
+
+
+def test_orbax_s_threads_print_no_tracebacks(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, ABOUT, 1, HOW)
+    logging.getLogger("absl").error("a traceback")
+    assert not caplog.records
+    checkpoints.close()
+    logging.getLogger("absl").error("of somebody else")
+    assert len(caplog.records) == 1
 
 
 def test_the_checksum_sees_every_changed_and_every_moved_word():

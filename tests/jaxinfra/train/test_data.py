@@ -1,5 +1,6 @@
 """Data: the built-in corpus, token files, and batches as a pure function of the step."""
 
+import dataclasses
 import importlib.util
 import sysconfig
 from pathlib import Path
@@ -135,9 +136,25 @@ def test_damaged_token_files_are_named(tmp_path):
     (folder / "tokens.bin").write_bytes(whole[:-3])
     with pytest.raises(UserError, match=r"tokens.bin: has 19 bytes, tokens.json tells of 22"):
         tokens.tokenised(found, BYTES)
-    (folder / "tokens.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokens.json: not readable"):
-        tokens.tokenised(found, BYTES)
+    about = (folder / "tokens.json").read_text()
+    for damaged in ("{", about.replace(": 11,", ': "11",'), about.replace("<u2", "<f2")):
+        assert damaged != about
+        (folder / "tokens.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"tokens.json: not readable"):
+            tokens.tokenised(found, BYTES)
+
+
+def test_two_processes_may_tokenise_a_corpus_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    found = corpus.find(str(tmp_path / "a.txt"))
+
+    def documents():
+        tokens.tokenised(found, BYTES)  # the other process ends first
+        return found.documents()
+
+    file = tokens.tokenised(dataclasses.replace(found, documents=documents), BYTES)
+    assert file.ids.tolist() == [BYTES.bos_id, *b"some text", END]
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 
 def test_the_standard_library_without_its_tests_in_a_fixed_order():

@@ -161,6 +161,7 @@ def test_another_run_is_neither_overwritten_nor_mixed_up(tmp_path, whole):
         run(settings(tmp_path, "whole"))
     with pytest.raises(UserError, match=r"is at step \d+; give --steps \d+ or more"):
         run(settings(tmp_path, "whole", resume=True, steps=1))
+    (tmp_path / "other" / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
     with pytest.raises(UserError, match=r"other: holds no run to resume"):
         run(settings(tmp_path, "other", resume=True))
     thesis = tmp_path / "project" / "model" / "thesis.txt"

@@ -2,9 +2,11 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 
+from jaxinfra.errors import UserError
 from jaxinfra.train import metrics
 from jaxinfra.train.metrics import Meter, MetricsLog, peak_memory, read_metrics
 
@@ -19,15 +21,25 @@ def test_a_line_is_there_as_soon_as_it_is_written_and_holds_no_nan(tmp_path):
     log.close()
 
 
-def test_a_resumed_file_loses_later_lines_and_those_cut_off(tmp_path):
+def test_a_resumed_file_loses_later_lines_and_damaged_ones(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    file.write_bytes(b'{"step": 1}\n5\n\xff\n{"step": 2}\n{"no": 2}\n{"step": 3}\n{"st')
     log = MetricsLog(tmp_path, 2)
     log.write({"step": 3, "loss": 1.0})
     log.close()
     assert read_metrics(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
     MetricsLog(tmp_path, 0).close()
     assert read_metrics(file) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_once_and_names_the_file(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log._stream.close()
+    log._stream = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full .* another --out"):
+        log.write({"step": 1})
+    log.close()
 
 
 def test_rates_are_over_the_last_interval_of_wall_time(monkeypatch):
