@@ -139,19 +139,21 @@ def attention_choices(platform: str) -> list[Choice]:
     ]
 
 
-def served_choices(platform: str) -> list[Choice]:
-    """What an engine's attention over pages takes, and a policy's log-probabilities."""
+def other_choices(platform: str) -> list[Choice]:
+    """What a model's head takes in training, a policy's log-probabilities, attention over pages."""
     import jax.numpy as jnp
 
     from pallas_kernels import cross_entropy, paged_attention
 
     asked = jnp.bfloat16, jnp.bfloat16
     pages = paged_attention.choose((256, 16, 128), (1000, 8, 16, 128), *asked, platform=platform)
-    logps = cross_entropy.choose(
-        "token_logps", (8192, 1024), (1024, 151936), jnp.bfloat16, platform=platform
+    loss, logps = (
+        cross_entropy.choose(what, (8192, 1024), (1024, 151936), jnp.bfloat16, platform=platform)
+        for what in ("linear_cross_entropy", "token_logps")
     )
     return [
         Choice("attention over pages, bfloat16", *pages),
+        Choice("head and loss, bfloat16, by blocks of rows", *loss),
         Choice("log-probabilities of tokens, bfloat16", *logps),
     ]
 
@@ -230,8 +232,8 @@ def _choices(devices: tuple[Device, ...]) -> tuple[Choice, ...]:
         Choice("matrix products", "XLA", "the model calls no kernel of its own for them"),
         *attention_choices(where),
         Choice("attention, decoding", "reference", "one query a row over the contiguous cache"),
-        *served_choices(where),
-        Choice("head and loss", "chunked", "the logits [B, T, V] are never in memory"),
+        *other_choices(where),
+        Choice("norms and rotation", "XLA", "their kernels were not timed on a chip yet"),
         Choice("mixture of experts", "dense", "every expert sees every token; exact, E/k the work"),
     )
 

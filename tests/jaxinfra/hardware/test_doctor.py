@@ -26,8 +26,8 @@ def test_examination_of_this_machine():
     assert len(found.devices) == 8 and found.devices[0].platform == "cpu"
     assert json.loads(json.dumps(dataclasses.asdict(found)))["versions"]["Python"]
     text = text_of(found)
-    for word in ("8 x cpu", "jaxlib", "attention, 4,096 tokens", "chunked", "need a GPU or a TPU",
-                 "processor", "compiled programs"):  # fmt: skip
+    for word in ("8 x cpu", "jaxlib", "attention, 4,096 tokens", "need a GPU or a TPU",
+                 "head and loss", "processor", "compiled programs"):  # fmt: skip
         assert word in text, word
 
 
