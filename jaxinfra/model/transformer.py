@@ -33,7 +33,9 @@ REMAT = {
 }
 
 
-def norm(x: Float[Array, "... D"], weight: Float[Array, " D"], config: ModelConfig) -> Array:
+def norm(
+    x: Float[Array, "*rows D"], weight: Float[Array, "*#rows D"], config: ModelConfig
+) -> Float[Array, "*rows D"]:
     """RMSNorm in x's dtype, computed in float32: so is the weight's gradient."""
     return rms_norm(x, weight, eps=config.norm_eps, plus_one=config.norm_plus_one)
 
