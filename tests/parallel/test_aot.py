@@ -25,7 +25,7 @@ from tests.parallel.emulated import relative
 GIB = 2**30
 POD = {  # name: model, chip, count, mesh, rows, tokens a row, GiB that a chip has
     "llama 8B, v5e": ("llama-3.1-8b", "v5e", 16, "fsdp=16", 16, 2048, 16),
-    "llama 8B, v6e": ("llama-3.1-8b", "v6e", 16, "fsdp=16", 16, 4096, 32),
+    "llama 8B, v6e": ("llama-3.1-8b", "v6e", 16, "fsdp=16", 16, 2048, 32),
     "llama 70B, 256 v5p": ("llama-3.1-70b", "v5p", 256, "fsdp=64,tp=4", 256, 4096, 95),
     "qwen3 30B, experts on 64 v5p": (
         "qwen3-30b-a3b", "v5p", 64, "fsdp=8,ep=8", 64, 4096, 95),
