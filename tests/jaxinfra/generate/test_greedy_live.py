@@ -1,11 +1,9 @@
-"""SmolLM2-135M-Instruct is what it is in transformers: logits and greedy tokens of ten prompts.
+"""SmolLM2-135M-Instruct says what it says in transformers: 64 greedy tokens of ten prompts.
 
 Both load the same GGUF, dequantised to float32. Needs the model (`jaxinfra pull smollm2-135m`).
 """
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxinfra.errors import UserError
@@ -56,27 +54,6 @@ def prompts_and_models():
     )
     model.generation_config.eos_token_id = None
     return ids, config, kv.unstack(params, config), model.eval()
-
-
-@pytest.mark.timeout(1200)
-@pytest.mark.filterwarnings("ignore")
-def test_logits_of_ten_prompts(prompts_and_models):
-    ids, config, params, model = prompts_and_models
-    longest = max(map(len, ids))
-    rows = np.array([prompt + [0] * (longest - len(prompt)) for prompt in ids], np.int32)
-
-    @jax.jit
-    def logits(params, tokens):
-        held = kv.empty(config, len(rows), longest)
-        return kv.head(params, config, kv.extend(params, config, tokens, held, fresh=True)[0])
-
-    found = np.asarray(logits(params, rows))
-    errors = []
-    for row, prompt in zip(found, ids, strict=True):
-        with torch.no_grad():
-            wanted = model(torch.tensor([prompt])).logits[0].numpy()
-        errors.append(np.abs(row[: len(prompt)] - wanted).max() / np.abs(wanted).max())
-    assert max(errors) < 1e-4, errors
 
 
 @pytest.mark.timeout(1200)
