@@ -1,6 +1,6 @@
 """Rewards in other processes: a sample that hangs or kills its process costs that sample alone.
 
-Cost: a process a worker, about 0.1 s to start one (no jax is imported in it), and a pickled sample
+Cost: a process a worker, about 0.4 s to start one (no jax is imported in it), and a pickled sample
 and a number a call. POSIX only.
 """
 
@@ -96,7 +96,7 @@ class _Worker:
         )  # fmt: skip
         theirs.close()
         self.pipe = Connection(ours.detach())
-        self.pipe.send(function)
+        self.pipe.send((function, Sample))
         if not self.pipe.poll(_START) or self.answer()[0] != "ready":
             self.close()
             raise RuntimeError(

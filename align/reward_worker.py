@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 def main() -> None:
     """Receives the function, then samples, until the other end closes."""
     pipe = Connection(int(sys.argv[1]))
-    function = pipe.recv()
+    function, _ = pipe.recv()  # the class of the samples comes along, to be imported before they do
     pipe.send(("ready", None))
     while True:
         try:

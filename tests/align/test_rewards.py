@@ -92,7 +92,7 @@ def test_functions_and_coroutines_give_their_numbers_and_lose_the_late_ones():
 
 
 def test_processes_lose_one_sample_to_a_hang_a_crash_and_an_error():
-    scorer = ProcessReward(rewarders.moody, workers=2, timeout=1.0)
+    scorer = ProcessReward(rewarders.moody, workers=2, timeout=5.0)
     try:
         rewards, told = score([scorer], batch())
         np.testing.assert_array_equal(rewards[:, 0], [np.nan, np.nan, np.nan, 3, 4, 3])
