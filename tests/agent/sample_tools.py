@@ -10,7 +10,7 @@ from pathlib import Path
 from agent.tools import ToolFailed, tool
 
 
-@tool(timeout=20.0, effects="pure")
+@tool(timeout=200.0, effects="pure")
 def add(a: int, b: int) -> int:
     """Adds.
 
@@ -22,7 +22,7 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-@tool(timeout=3.0, effects="pure")
+@tool(timeout=2.0, effects="pure")
 def stubborn(pid_file: str) -> str:
     """Ignores SIGTERM, starts a child that does too, and never ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -35,13 +35,13 @@ def stubborn(pid_file: str) -> str:
         time.sleep(1)
 
 
-@tool(timeout=20.0, effects="pure")
+@tool(timeout=200.0, effects="pure")
 def crash() -> str:
     """Dies."""
     os._exit(3)
 
 
-@tool(timeout=20.0, effects="pure")
+@tool(timeout=200.0, effects="pure")
 def refuse() -> str:
     """Fails in words."""
     raise ToolFailed("not today")

@@ -3,8 +3,10 @@ pages in host memory, and what stands before a result, by the engine's own count
 
 import dataclasses
 import functools
+import threading
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from agent import Agent, Context, MemoryStore, run, tool
@@ -75,7 +77,7 @@ def test_pages_come_back_from_host_memory_bit_for_bit(wrong, undisturbed, monkey
 
 
 def test_pages_are_kept_put_away_or_dropped_by_when_they_are_wanted():
-    with serving(by_script, lease=60.0, leased=1.0, host=0.3) as (model, _):
+    with serving(by_script, lease=600.0, leased=1.0, host=0.3) as (model, _):
 
         def hold(session, seconds):
             called(model, session)
@@ -84,12 +86,12 @@ def test_pages_are_kept_put_away_or_dropped_by_when_they_are_wanted():
             quiet(model)
             return session in model._thread.held, session in model.host._stored
 
-        assert hold("soon", 30.0) == (True, False)
-        assert hold("later", 300.0) == (False, True)
-        assert hold("never", 3000.0) == (False, False)
+        assert hold("soon", 300.0) == (True, False)
+        assert hold("later", 3000.0) == (False, True)
+        assert hold("never", 30_000.0) == (False, False)
         # Where host memory is full, what is wanted last goes.
-        assert hold("sooner", 100.0) == (False, True) and "later" not in model.host._stored
-        assert hold("last", 590.0) == (False, False) and model.host.pages <= 0.3 * 256
+        assert hold("sooner", 1000.0) == (False, True) and "later" not in model.host._stored
+        assert hold("last", 5900.0) == (False, False) and model.host.pages <= 0.3 * 256
         model.release("sooner")
         assert comes(lambda: model.host.pages == 0)
     with serving(by_script, lease=0.5, leased=1.0, host=1.0) as (model, _):
@@ -151,15 +153,24 @@ def two_calls(prompt):
 @pytest.mark.parametrize("effects", ["pure", "idempotent"])
 def test_a_tool_begins_when_its_arguments_close(effects):
     """Counted in steps of the engine: the second call's tokens are drawn after the first began."""
-    begun, store = [], MemoryStore()
+    begun, store, one_began = [], MemoryStore(), threading.Event()
 
     @tool(effects=effects)
     async def look(at: str) -> str:
         """Looks."""
         begun.append((at, engine._steps))
+        one_began.set()
         return at
 
+    def patient():
+        """Where a call is to begin early, the engine waits for it, soon behind the call."""
+        first = len(engine.seen[0].prompt) // SIZE + len(written("look", at="here"))
+        if effects == "pure" and engine._steps == first + 10:
+            one_began.wait(60)
+        return step()
+
     with serving(two_calls) as (model, engine):
+        step, engine.step = engine.step, patient
         agent = Agent("a", model, "Look.", (look,))
         result = anyio.run(functools.partial(run, agent, "Where?", store=store, session="s"))
         steps = len(engine.seen[0].prompt) // SIZE + len(result.state.messages[1].tokens)
@@ -173,9 +184,15 @@ def test_a_tool_begins_when_its_arguments_close(effects):
     assert sum(isinstance(e, ToolStarted) for e in events) == 2
 
 
+async def turns(count):
+    """Lets every other task run so many times: a wait that is as long on any machine."""
+    for _ in range(count):
+        await anyio.lowlevel.checkpoint()
+
+
 class Slowly(ScriptedModel):
-    """Closes its calls' arguments, says what comes behind them, be it nothing, waits, and then ends
-    the turn, or says another."""
+    """Closes its calls' arguments, says what comes behind them, be it nothing, gives all other
+    tasks many turns, and then ends its own, or says another."""
 
     def __init__(self, script, other=None):
         super().__init__(script)
@@ -188,7 +205,7 @@ class Slowly(ScriptedModel):
                 yield dataclasses.replace(item, arguments=closed)
                 item = dataclasses.replace(item, arguments=item.arguments[len(closed) :])
             if isinstance(item, Completion) and item.message.calls:
-                await anyio.sleep(0.05)
+                await turns(100)
                 if self.other is not None:
                     item = dataclasses.replace(item, message=self.other)
             yield item
@@ -208,7 +225,7 @@ def world():
                 """Reads."""
                 self.log.append(f"begin {n}")
                 try:
-                    await anyio.sleep(0.02 if n < 9 else 30)
+                    await (turns(20) if n < 9 else anyio.sleep_forever())
                 except anyio.get_cancelled_exc_class():
                     self.log.append(f"cancelled {n}")
                     raise

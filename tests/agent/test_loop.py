@@ -138,10 +138,18 @@ def test_tokens_left_cap_each_turn():
 
 def test_a_time_limit_keeps_the_partial_answer_and_more_time_goes_on():
     store = MemoryStore()
-    slow = ScriptedModel(["one two three four five six"], delay=0.1)
-    agent = Agent("x", slow, limits=Limits(seconds=0.35))
+
+    class Stuck(ScriptedModel):
+        async def stream(self, request):
+            async for item in super().stream(request):
+                yield item
+                if item == TextDelta("two "):
+                    await anyio.sleep_forever()
+
+    stuck = Stuck(["one two three four five six"])
+    agent = Agent("x", stuck, limits=Limits(seconds=2.0))
     result = ask(agent, store=store, session="s")
-    assert result.reason == "limit" and result.output.startswith("one two")
+    assert result.reason == "limit" and result.output == "one two "
     fast = Agent("x", ScriptedModel(["one two three four five six"]))
     again = anyio.run(functools.partial(resume, fast, "s", store=store))
     assert again.output == "one two three four five six"
@@ -306,7 +314,7 @@ def test_importing_the_layer_imports_no_jax():
         "heavy = ('jax', 'openai', 'numpy', 'mcp')\n"
         "print(json.dumps([m for m in sys.modules if m.split('.')[0] in heavy]))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=300)
     assert json.loads(out.stdout) == []
 
 

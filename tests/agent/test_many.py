@@ -230,7 +230,7 @@ def test_a_quorum_refuses_what_it_cannot_bear():
     with pytest.raises(UserError, match="3 members bear 1 faulty ones, not 2"):
         anyio.run(functools.partial(quorum, [lie] * 3, faulty=2))
     with pytest.raises(NoQuorum, match="'41': 1"):
-        anyio.run(functools.partial(quorum, [lie, hang, hang], faulty=1, seconds=0.05))
+        anyio.run(functools.partial(quorum, [lie, hang, hang], faulty=1, seconds=1.0))
     # The control: with more liars than it was told, the lie wins.
     assert anyio.run(functools.partial(quorum, [lie, lie, hang], faulty=1)).answer == "41"
 
@@ -277,7 +277,7 @@ def test_a_deadlock_is_told_and_nobody_hangs(why, waits, stuck):
                 told[name] = str(error)
                 await ends[name].leave()
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(120):
             async with anyio.create_task_group() as group:
                 for name, sender in waits.items():
                     group.start_soon(one, name, sender)
@@ -349,7 +349,7 @@ def test_mail_between_processes_and_deadlock_there_too():
                 await stranger.send("here", "x")
             stranger._socket.close(linger=0)
             # Both were told of the deadlock too, and ended with it; leave for them.
-            assert [worker.wait(10) for worker in workers] == [1, 1]
+            assert [worker.wait(120) for worker in workers] == [1, 1]
             group.cancel_scope.cancel()
             here._socket.close(linger=0)
 
