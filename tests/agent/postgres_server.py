@@ -50,7 +50,7 @@ def serving() -> Iterator[str]:
             )  # fmt: skip
             try:
                 ready = [where / "pg_isready", "-q", "-h", folder]
-                for _ in range(200):
+                for _ in range(2000):
                     if subprocess.run(ready, env=env).returncode == 0:
                         break
                     assert server.poll() is None, Path(f"{folder}/log").read_text()

@@ -77,7 +77,7 @@ def test_who_asks_from_elsewhere_can_cause_no_unapproved_effect(url):
 def test_the_card_tells_who_it_is_and_absence_is_one_line(url):
     import httpx2
 
-    card = httpx2.get(f"{url}/.well-known/agent-card.json").json()
+    card = httpx2.get(f"{url}/.well-known/agent-card.json", timeout=120).json()
     assert card["name"] == "clerk" and card["description"] == "Shouts."
     result = ask("http://127.0.0.1:9", "x")
     assert "clerk at http://127.0.0.1:9" in result.state.messages[2].content

@@ -188,7 +188,7 @@ def test_keys_are_asked_for_and_users_never_meet():
 
 @pytest.mark.parametrize("at", [0.0, 0.1])
 def test_a_client_that_leaves_cancels_its_run(at):
-    with Service(ScriptedModel(lambda request: "a b c d e f g h " * 50, delay=0.02)) as service:
+    with Service(ScriptedModel(lambda request: "a b c d e f g h " * 500, delay=0.02)) as service:
         with service.client.stream(
             "POST", "/v1/runs", json={"task": "x", "session": "s"}
         ) as answer:

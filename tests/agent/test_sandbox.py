@@ -27,8 +27,8 @@ from jaxinfra.errors import UserError
 from tests.agent.threats import THREATS
 
 SCRIPT = Path(__file__).with_name("threats.py").read_bytes()
-SMALL = Bounds(seconds=200, cpu_seconds=100, memory=200 << 20, processes=24, open_files=48, file_bytes=4 << 20,
-               disk_bytes=8 << 20, entries=256)  # fmt: skip
+SMALL = Bounds(seconds=200, cpu_seconds=100, memory=200 << 20, processes=24, open_files=48,
+               file_bytes=4 << 20, disk_bytes=8 << 20, entries=256)  # fmt: skip
 LEVELS = ["landlock", "namespaces"]
 # What a level does not bound, and says so in `Level.open`.
 OPEN = {"namespaces": set(), "landlock": {"fill_the_disk", "many_entries"}}
