@@ -46,7 +46,7 @@ def lengths_of(samples):
 
 
 async def slow_for_long(sample):
-    await asyncio.sleep(5.0 if len(sample.answer) == 3 else 0.01)
+    await asyncio.sleep(60.0 if len(sample.answer) == 3 else 0.01)
     if len(sample.answer) == 4:
         raise RuntimeError("no")
     return float(len(sample.answer))
@@ -82,7 +82,7 @@ def test_samples_are_the_rows():
 def test_functions_and_coroutines_give_their_numbers_and_lose_the_late_ones():
     answers = batch()
     rewards, told = score(
-        [FunctionReward(lengths_of), FunctionReward(slow_for_long, timeout=0.5)], answers
+        [FunctionReward(lengths_of), FunctionReward(slow_for_long, timeout=3.0)], answers
     )
     np.testing.assert_array_equal(rewards[:, 0], [0, 1, 2, 3, 4, 3])
     np.testing.assert_array_equal(rewards[:, 1], [0, 1, 2, np.nan, np.nan, np.nan])
@@ -128,7 +128,8 @@ def test_a_server_that_is_not_there_costs_its_column():
 )  # fmt: skip
 def test_what_functions_do_wrong(function, kind, lost):
     good = FunctionReward(lengths_of)
-    rewards, told = score([FunctionReward(function, timeout=0.3, name="bad"), good], batch())
+    timeout = 0.3 if kind == "late" else 60.0
+    rewards, told = score([FunctionReward(function, timeout=timeout, name="bad"), good], batch())
     assert told[f"rewards/bad/{kind}"] == lost
     assert np.isnan(rewards[:, 0]).sum() == (3 if kind == "not_finite" else 6)
     assert np.array_equal(rewards[:, 1], [0, 1, 2, 3, 4, 3])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -44,14 +45,20 @@ def state(seed=0):
     return create(CONFIG, params(), seed=seed, steps=STEPS)
 
 
-def live(how, steps=STEPS, start=None, pause=0.0, **options):
+def live(how, steps=STEPS, start=None, ahead=False, **options):
+    """A run; `ahead`: after each step, the workers begin all that they may before the next."""
     system = System(loop(how.chunk or None), how, start or state(), **options)
     rows = []
     with Live(system) as running:
         for _ in range(steps):
             rows.append(running.step()[0])
-            time.sleep(pause)
+            assert not ahead or comes(lambda: not system.may_begin())
     return system, rows
+
+
+def comes(what):
+    """Whether it is so within two minutes."""
+    return any(what() or time.sleep(0.01) for _ in range(12_000))
 
 
 def again(system, events, steps=STEPS, **options):
@@ -81,7 +88,7 @@ def test_without_staleness_it_is_the_hosts_loop():
 
 
 def test_one_step_off_policy_learns_from_the_policy_before():
-    system, rows = live(SystemConfig(max_staleness=1), pause=0.3)  # the worker is ahead by then
+    system, rows = live(SystemConfig(max_staleness=1), ahead=True)
     assert rows[0]["staleness/max"] == 0.0 and {r["staleness/max"] for r in rows[2:]} == {1.0}
     assert rows[-1]["mismatch_kl"] > 1e-7  # it is of another policy, and told
     assert difference(system.state.trained, host().trained) > 1e-5
@@ -165,22 +172,27 @@ def test_work_under_way_goes_into_a_checkpoint():
 
 
 class Clumsy(JitRollouts):
-    """Fails at chosen calls: raises, or sleeps."""
+    """Fails at chosen calls: raises, or hangs until another worker has begun in its place."""
 
-    calls = 0
+    calls, now = 0, 0.0
 
     def begin(self, problems, seed, number):
         Clumsy.calls += 1
         if Clumsy.calls in (2, 3):
             raise RuntimeError("a worker is killed")
         if Clumsy.calls == 5:
-            time.sleep(3.0)
+            Clumsy.now += 2.0
+            assert comes(lambda: Clumsy.calls > 5)
         return super().begin(problems, seed, number)
 
 
 @pytest.fixture
-def clumsy():
-    Clumsy.calls = 0
+def clumsy(monkeypatch):
+    """Makes such workers; time stands still but where one hangs."""
+    Clumsy.calls, Clumsy.now = 0, 0.0
+    clock = SimpleNamespace(monotonic=lambda: Clumsy.now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("align.system.live.time", clock)
+    monkeypatch.setattr("align.system.core.time", clock)
     one = loop().rollouts
 
     def make():
