@@ -32,7 +32,9 @@ def test_order_and_failures(tmp_path):
     lines = [line(f"r{i}", "x" * (20 - i)) for i in range(10)] + [line("bad", "x", n=0)]
     source, out = write(tmp_path / "in.jsonl", *lines), tmp_path / "out.jsonl"
     with serving(Made(room=3)) as (url, _):  # fewer than are under way: some are refused at first
-        done = asyncio.run(run(source, out, url=url + "/v1", concurrency=8, pause=0.01, retries=40))
+        done = asyncio.run(
+            run(source, out, url=url + "/v1", concurrency=8, pause=0.01, retries=400)
+        )
     assert done == {"resumed": 0, "answered": 10, "failed": 1}
     assert list(contents(out)) == [f"r{i}" for i in range(10)] + ["bad"]
     assert contents(out) == {f"r{i}": "x" * (20 - i) for i in range(10)} | {"bad": 400}
