@@ -12,8 +12,15 @@ os.environ.setdefault(
     + (" --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""),
 )
 
+import hypothesis
 import jax
 import pytest
+
+# Hypothesis would fail an example that takes 0.2 s, and examples that take long to make.
+hypothesis.settings.register_profile(
+    "slow machines", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("slow machines")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
