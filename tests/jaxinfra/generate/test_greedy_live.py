@@ -56,7 +56,7 @@ def prompts_and_models():
     return ids, config, kv.unstack(params, config), model.eval()
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore")
 def test_64_greedy_tokens_of_ten_prompts(prompts_and_models):
     ids, config, params, model = prompts_and_models

@@ -1,15 +1,17 @@
 """Chats read as recorded from transformers; bad messages and hostile templates are a UserError."""
 
+import itertools
 import json
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2
 import pytest
 
 from jaxinfra.errors import UserError
-from jaxinfra.text import Tokenizer, chat, render
+from jaxinfra.text import Tokenizer, chat, render, sandbox
 from tests.jaxinfra.text.samples import TEMPLATES, TOOLS, chats, digest
 from tests.jaxinfra.text.vocabularies import pulled_smollm2
 
@@ -173,10 +175,10 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_and_broken_templates_end_in_one_error(name, monkeypatch):
     monkeypatch.setattr(chat, "SECONDS", 0.3)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=r"^chat template: "):
         render(HOSTILE[name], USER)
-    assert time.monotonic() - start < 30  # minutes or gigabytes without the bounds
+    assert time.process_time() - start < 30  # minutes or gigabytes without the bounds
 
 
 @pytest.mark.parametrize(
@@ -199,12 +201,12 @@ def test_values_are_measured_before_they_are_joined(template):
 
 
 def test_a_sum_of_lists_looks_at_the_clock(monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.3)
-    start = time.monotonic()
-    with pytest.raises(UserError, match="computes for more than"):
-        render("{{ ([[1]] * 100000) | sum(start=[]) | length }}", USER)
-    assert time.monotonic() - start < 3  # 10 s without
     assert render("{{ [[1], [2]] | sum(start=[]) }}", USER) == "[1, 2]"
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)  # a second from look to look
+    monkeypatch.setattr(chat, "time", clock)
+    monkeypatch.setattr(sandbox, "time", clock)
+    with pytest.raises(UserError, match="computes for more than"):
+        render("{{ ([[1]] * 100) | sum(start=[]) | length }}", USER)
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,10 @@ def test_metadata_that_asks_for_too_much_is_refused_at_once(tmp_path, monkeypatc
         prefix = "tokenizer.ggml." if key.endswith("_id") else "llama."
         header.metadata[prefix + key] = value
     monkeypatch.setattr(own, "read_header", lambda _: header)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=message):
         own.load(file, jnp.float32)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def _header(*entries: tuple[str, int, int, int], keys: int = 0) -> bytes:
