@@ -14,7 +14,7 @@ import pytest
 from agent.evaluate.environment import environment
 from tests.agent.random_model import write
 
-pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(2400)]
 CLIENTS = Path(__file__).with_name("clients")
 FRAMEWORKS = {
     "openai_agents": ("openai-agents==0.24.0",),
@@ -39,7 +39,7 @@ def server(*module: str):
             yield found[0]
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(200)
 
 
 def client(script: str, name: str, packages: tuple[str, ...], *arguments: str) -> dict:
@@ -47,7 +47,7 @@ def client(script: str, name: str, packages: tuple[str, ...], *arguments: str) -
     python = environment(name, packages)
     done = subprocess.run(
         [python, "-I", CLIENTS / f"{script}_client.py", *arguments], capture_output=True,
-        text=True, timeout=200,
+        text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout[done.stdout.rindex('{"') :] if name == "smolagents"
@@ -108,7 +108,7 @@ def test_mcps_inspector_lists_and_calls(tmp_path):
     def inspect(address: str, *asked: str) -> dict:
         done = subprocess.run(
             ["npx", "-y", INSPECTOR, "--cli", address, "--transport", "http", *asked],
-            capture_output=True, text=True, cwd=tmp_path, timeout=200,
+            capture_output=True, text=True, cwd=tmp_path, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout)

@@ -15,7 +15,7 @@ STEPS = 2 * 33 + 2 * 10  # before and after each append, before and after each e
 def trials(folder: Path, plan: list, **env: str) -> list[dict]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.agent.crash_worker", str(folder), json.dumps(plan)],
-        capture_output=True, text=True, timeout=200, env={**os.environ, **env},
+        capture_output=True, text=True, timeout=600, env={**os.environ, **env},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -250,6 +250,6 @@ def test_the_command_runs_an_engine(tmp_path):
     command = ["agent", "run", "Hi.", "--model", f"engine:{tmp_path / 'model'}", "--turns", "1",
                "--tools", "--journal", str(tmp_path / "j.sqlite")]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "jaxinfra", *command], capture_output=True, text=True, timeout=280
+        [sys.executable, "-m", "jaxinfra", *command], capture_output=True, text=True, timeout=600
     )
     assert "1 turns, 0 calls" in done.stdout, done.stdout + done.stderr

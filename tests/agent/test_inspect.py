@@ -25,7 +25,7 @@ def no_namespaces() -> str | None:
 
 @pytest.mark.network
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # installing Inspect is most of it
+@pytest.mark.timeout(2400)  # installing Inspect is most of it
 @pytest.mark.skipif(bool(no_namespaces()), reason=f"{no_namespaces()}")
 def test_inspects_own_checks_and_a_task_in_our_sandbox(tmp_path):
     needs = ("inspect-ai==0.3.285", "stamina>=25.2", "docstring_parser>=0.17", "anyio>=4.12")
@@ -42,7 +42,7 @@ def test_inspects_own_checks_and_a_task_in_our_sandbox(tmp_path):
     secret.chmod(0o666)
     script = Path(__file__).with_name("inspect_checks.py")
     done = subprocess.run(
-        [python, script, secret, tmp_path / "logs"], capture_output=True, text=True, timeout=280,
+        [python, script, secret, tmp_path / "logs"], capture_output=True, text=True, timeout=600,
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -108,7 +108,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         given["scratch"] = str(folder)
         done = subprocess.run(
             [PYTHON, "-I", "-S", "-", json.dumps(given)], input=SCRIPT, capture_output=True,
-            cwd=folder, close_fds=False, timeout=250, start_new_session=False,
+            cwd=folder, close_fds=False, timeout=600, start_new_session=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-600:]
     return json.loads(done.stdout)
@@ -190,7 +190,7 @@ def test_threats_fail_for_a_plain_user_too(level):
         shutil.copytree(Path(sandbox_module.__file__).parent, folder + "/launcher")
         done = subprocess.run(
             [sys.executable, "-c", AS_NOBODY, json.dumps(sys.path), level, folder, found[0]],
-            capture_output=True, text=True, timeout=280,
+            capture_output=True, text=True, timeout=600,
         )  # fmt: skip
     if done.stderr.startswith("absent"):
         pytest.skip(f"a plain user gets no {level} here: {done.stderr[8:]}")

@@ -53,7 +53,7 @@ def test_killed_and_resumed_is_never_killed(loop, live, tmp_path):
     whole = quiet(killed.config(loop, tmp_path / "whole", *schedule))
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "tests.align.killed", loop, str(out), *map(str, schedule)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2400, env=ENVIRONMENT)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert len(read_metrics(out / "metrics.jsonl")) == killed.KILLED
     resumed = quiet(killed.config(loop, out, *schedule, resume=True))

@@ -308,7 +308,7 @@ def resumable(folder, name, **changes):
 
 
 @slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     model_file(tmp_path)
     whole = train(resumable(tmp_path, "whole"), console=Console(quiet=True))

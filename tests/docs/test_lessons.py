@@ -39,7 +39,7 @@ def run(sources: list[str]) -> subprocess.CompletedProcess:
     """Runs cells one after the other in one namespace of a fresh Python on the CPU."""
     return subprocess.run(
         [sys.executable, "-c", _RUN], input=json.dumps(sources), capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=240,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=600,
     )  # fmt: skip
 
 

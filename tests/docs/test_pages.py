@@ -26,7 +26,7 @@ def unknown(words: list[str]) -> list[str]:
     name = words[1 : 3 if nested else 2]
     told = subprocess.run(
         [sys.executable, "-m", "jaxinfra", *name, "--help"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     if told.returncode:
         return [" ".join(name)]

@@ -105,7 +105,7 @@ def test_a_killed_host_is_survived_to_the_bit(whole):
     try:
         has_a_checkpoint(out, both[0])
         both[1].send_signal(signal.SIGKILL)
-        assert both[1].wait(30) == -signal.SIGKILL
+        assert both[1].wait(TIMEOUT) == -signal.SIGKILL
     finally:
         for process in both:
             process.kill()
@@ -142,7 +142,9 @@ def test_a_host_that_is_preempted_stops_all(whole):
 
 def test_a_host_that_never_joins_is_told():
     code = f"from parallel import hosts\nhosts.join('127.0.0.1:{free_port()}', 2, 0, timeout=1)\n"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert found.returncode != 0
     assert "hosts: not all of 2 hosts joined" in found.stderr, found.stderr
 

@@ -27,13 +27,13 @@ def test_a_signal_drains(number):
             assert "".join(re.findall(r'"text":"(x*)"', "".join([first, *rest]))) == "x" * 50
             with pytest.raises(httpx.TransportError):
                 httpx.get(url + "/health", timeout=5)
-            process.wait(250)
+            process.wait(600)
         finally:
             process.kill()
     assert process.returncode in (0, -number)
 
 
 def test_an_engine_that_cannot_start_ends_the_server():
-    done = subprocess.run([*_COMMAND, "broken"], capture_output=True, text=True, timeout=250)
+    done = subprocess.run([*_COMMAND, "broken"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert "the engine is gone: UserError: no such model" in done.stderr
