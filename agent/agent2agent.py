@@ -73,6 +73,7 @@ def a2a_tool(url: str, name: str, **options: Any) -> Tool:
     are fields of Tool. Raises UserError for a name that a model could not write."""
 
     async def ask(ctx: Context, task: str) -> str:
+        import httpx
         from a2a.client import ClientConfig, create_client
         from a2a.client.errors import A2AClientError, AgentCardResolutionError
         from a2a.helpers import get_stream_response_text, new_text_message
@@ -82,9 +83,12 @@ def a2a_tool(url: str, name: str, **options: Any) -> Tool:
         message.message_id = ctx.key or message.message_id
         texts: list[str] = []
         state = None
+        # An answer is a whole run, of which httpx's own limit would see five seconds.
+        patient = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=30.0))
         try:
-            client = await create_client(url, ClientConfig(streaming=False))
-            async with client:
+            async with patient:
+                config = ClientConfig(streaming=False, httpx_client=patient)
+                client = await create_client(url, config)
                 async for answer in client.send_message(SendMessageRequest(message=message)):
                     texts.append(get_stream_response_text(answer))
                     if answer.HasField("task"):

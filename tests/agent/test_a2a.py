@@ -1,5 +1,6 @@
 """A2A: a round trip between two of our agents over HTTP; strangers stay strangers."""
 
+import inspect
 import socket
 import threading
 import time
@@ -32,6 +33,8 @@ def remote(request) -> Message:
     said = request.messages[-1]
     if said.role == "tool":
         return Message("assistant", "done")
+    if said.content == "slowly":
+        time.sleep(0.5)
     if said.content == "send it":
         return call("send", text="x")
     return Message("assistant", said.content.upper())
@@ -66,6 +69,13 @@ def test_an_agent_asks_another_and_is_tainted_by_its_answer(url):
     result = ask(url, "hello there")
     assert result.state.messages[2].content == "HELLO THERE"
     assert result.reason == "done" and result.state.tainted_by == ("clerk",)
+
+
+def test_an_agent_that_takes_its_time_is_waited_for(url, monkeypatch):
+    httpx = pytest.importorskip("httpx")
+    usual = inspect.signature(httpx.AsyncClient).parameters["timeout"].default
+    monkeypatch.setattr(usual, "read", 0.2)  # five seconds, of a client that is told nothing
+    assert ask(url, "slowly").state.messages[2].content == "SLOWLY"
 
 
 def test_who_asks_from_elsewhere_can_cause_no_unapproved_effect(url):
