@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxinfra.errors import UserError
 
-TIMEOUT = 30.0  # seconds that a process waits for its neighbour
+TIMEOUT = 120.0  # seconds that a process waits for its neighbour, which may have to start
 
 
 class Link(Protocol):
