@@ -18,6 +18,6 @@ def broken():
 if __name__ == "__main__":
     build = broken if "broken" in sys.argv else build_slow
     try:
-        run(functools.partial(InProcess, build), TOKENIZER, Settings("m"), port=0, drain=20)
+        run(functools.partial(InProcess, build), TOKENIZER, Settings("m"), port=0, drain=200)
     except UserError as error:
         sys.exit(str(error))

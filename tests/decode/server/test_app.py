@@ -372,7 +372,7 @@ def test_the_engine_dies_and_another_answers():
             body = {"messages": say(text), "stream": stream}
             answers.append(post(url + CHAT, json=body))
 
-        threads = [threading.Thread(target=ask, args=("y" * 500, stream)) for stream in (0, 1)]
+        threads = [threading.Thread(target=ask, args=("y" * 2000, stream)) for stream in (0, 1)]
         for thread in threads:
             thread.start()
         until(lambda: len(made.engines[0].seen) == 2)
