@@ -16,7 +16,7 @@ from jaxinfra.errors import UserError
 from jaxinfra.generate import generate
 from jaxinfra.model import cache as kv
 
-pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 NEW, GAP = 24, 0.02
 TEXTS = (
