@@ -108,8 +108,8 @@ def serving(script=None, tokenizer=TOKENIZER, lease=600.0, leased=0.5, host=0.0,
 
 
 def comes(what):
-    """Whether it is so within two minutes."""
-    return any(what() or time.sleep(0.01) for _ in range(12_000))
+    """Whether it is so within five minutes."""
+    return any(what() or time.sleep(0.01) for _ in range(30_000))
 
 
 def quiet(model):
@@ -117,7 +117,7 @@ def quiet(model):
     assert comes(lambda: not model._thread._asked and model._thread._orders.empty())
     done = threading.Event()
     model._thread.order(done.set)
-    assert done.wait(120)
+    assert done.wait(300)
 
 
 def taken(model, *requests):

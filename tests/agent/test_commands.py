@@ -125,7 +125,7 @@ class Service:
         deadline = time.monotonic() + 60
         while not self.server.started and time.monotonic() < deadline:
             time.sleep(0.01)
-        self.client = httpx2.Client(base_url=self.url, timeout=60)
+        self.client = httpx2.Client(base_url=self.url, timeout=300)
         return self
 
     def __exit__(self, *exc):

@@ -59,7 +59,7 @@ def serving(spawn, **settings):
         yield url, link
 
 
-def until(condition, seconds=120.0):
+def until(condition, seconds=600.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about"
