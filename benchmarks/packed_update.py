@@ -42,7 +42,8 @@ def experience(answers: int, vocab_size: int) -> Experience:
     )
     lengths = jnp.full((answers,), PROMPT, jnp.int32)
     tokens = joined(prompts, lengths, answer, mask, 0)
-    r = Rollout(tokens, lengths, answer, mask, -mask, jnp.ones(answers))
+    even = -np.log(vocab_size) * mask  # about what random weights say: ratios near 1, few clipped
+    r = Rollout(tokens, lengths, answer, mask, even, jnp.ones(answers))
     advantages = jnp.asarray(rng.normal(size=(answers, 1)), jnp.float32) * mask
     return Experience(r, r.stopped, mask, advantages)
 

@@ -233,7 +233,7 @@ def _choices(devices: tuple[Device, ...]) -> tuple[Choice, ...]:
         *attention_choices(where),
         Choice("attention, decoding", "reference", "one query a row over the contiguous cache"),
         *other_choices(where),
-        Choice("norms and rotation", "XLA", "their kernels were not timed on a chip yet"),
+        Choice("norms and rotation", "XLA", "their kernels were not timed within a whole step yet"),
         Choice("mixture of experts", "dense", "every expert sees every token; exact, E/k the work"),
     )
 

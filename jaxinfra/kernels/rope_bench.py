@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfra.errors import UserError
-from jaxinfra.kernels.norm_bench import OURS, PEER, Case, report
+from jaxinfra.kernels.norm_bench import OURS, PEER, Case, compiled, report
 from pallas_kernels.norm_rope import reference, supported, triton
 
 SHAPES = ((8, 4096, 16, 8, 128), (8, 4096, 32, 8, 64), (1, 256, 16, 8, 128))
 CONFIGS = (
-    triton.Config(), triton.Config(each=8), triton.Config(tile=8192, each=32),
-    triton.Config(tile=2048, programs=8),
+    triton.Config(), triton.Config(tile=4096, programs=4),
+    triton.Config(tile=4096, each=8, programs=4), triton.Config(tile=8192, each=32, programs=4),
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {"eps": 1e-6, "plus_one": False}
 
@@ -124,7 +124,7 @@ def _torch(q, k, cos, sin, weights, slopes=None) -> Callable[[], Any]:
             found.append(turned.to(x.dtype))
         return found
 
-    run = torch.compile(both)
+    run = compiled(both)
     if slopes is None:
         return lambda: run(q, k, cos, sin, weights)
     slopes = [take(a) for a in slopes]

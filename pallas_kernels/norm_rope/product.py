@@ -50,14 +50,14 @@ def norm_rope(
       q_norm, k_norm: both or neither.
       eps, plus_one: of the norms; see `rms_norm`.
       implementation: one of `rms_norm`'s, or None to choose, which is "xla" everywhere until
-        another is timed on a chip.
+        a whole step is faster with another.
 
     Raises ValueError: shapes that do not fit, or an implementation that refuses.
     """
     given = _check(q, k, cos, sin, q_norm, k_norm)
     if implementation is None:
         implementation = "xla"
-        _log.debug("%s: xla; no shape was timed on a chip yet", given)
+        _log.debug("%s: xla; no other was timed within a step yet", given)
     elif reason := supported(implementation, q.shape[2], k.shape[2], q.shape[3], q.dtype):
         raise ValueError(f"{given}, implementation={implementation!r}: {reason}")
     weights = None if q_norm is None else (q_norm, k_norm)

@@ -6,7 +6,9 @@ the GPU walk over the positions, each with sums of its own of the norms' gradien
 adds up: always the same bits. There is no kernel in Mosaic GPU: nothing is multiplied by a tensor
 core.
 
-Not yet timed on a chip, and so never chosen unasked. XLA does not partition the calls.
+Alone, on one H200, norms with rotation took 0.33 to 0.55 of XLA's time and rotation without them
+0.96 (`jaxinfra.kernels.rope_bench`). Within a whole step they were not timed yet, and so they are
+never chosen unasked. XLA does not partition calls.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ class Config:
     `each` numbers a thread gives a program its warps, 16 at the most.
     """
 
-    tile: int = 4096
+    tile: int = 2048
     each: int = 16
-    programs: int = 4
+    programs: int = 8
 
 
 def refusal(*, platform: str, N: int, K: int, H: int) -> str | None:

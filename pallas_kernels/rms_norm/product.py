@@ -58,7 +58,7 @@ def rms_norm(
       weight: [D]; of more axes by "xla" alone.
       plus_one: times one plus the weight (Gemma).
       implementation: one of IMPLEMENTATIONS, or None to choose, which is "xla" everywhere until
-        another is timed on a chip. The weight's gradient is summed in float32.
+        a whole step is faster with another. The weight's gradient is summed in float32.
 
     Raises ValueError: shapes that do not fit, or an implementation that refuses.
     """
@@ -109,7 +109,7 @@ def _call(
             f"{given} of {x.dtype}, residual{residual.shape} of {residual.dtype}; want both alike"
         )
     if asked is None:
-        _log.debug("%s: xla; no shape was timed on a chip yet", given)
+        _log.debug("%s: xla; no other was timed within a step yet", given)
         return Call("xla", eps, plus_one)
     reason = supported(asked, x.shape[-1], x.dtype)
     if reason is None and asked != "xla" and (weight.ndim != 1 or 0 in x.shape):
