@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from benchmarks.engine_gpu import CONFIG, asked
 from benchmarks.turns import answer
 
 
-def theirs(load: str, few: bool = False) -> Any:
-    """A function that does one turn of the load: its tokens/s."""
+@contextmanager
+def theirs(load: str) -> Iterator[Callable[[list[tuple[list[int], int]]], dict[str, float]]]:
+    """A function that does one turn of requests: its tokens/s. What ends stops its thread."""
     import torch
     import transformers
-
-    from benchmarks.engine_gpu import CONFIG, asked
 
     config = transformers.Qwen3Config(
         vocab_size=CONFIG.vocab_size, hidden_size=CONFIG.d_model, head_dim=CONFIG.head_dim,
@@ -33,7 +34,6 @@ def theirs(load: str, few: bool = False) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="paged|sdpa"
         ).eval()
-    requests = asked(load)[:4] if few else asked(load)
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 0}
     generation = transformers.GenerationConfig(
         max_new_tokens=1024, eos_token_id=-1, pad_token_id=0,
@@ -47,7 +47,7 @@ def theirs(load: str, few: bool = False) -> Any:
     )
     manager.start()
 
-    def turn() -> dict[str, Any]:
+    def turn(requests: list[tuple[list[int], int]]) -> dict[str, float]:
         start = time.perf_counter()
         for prompt, tokens in requests:
             manager.add_request(prompt, max_new_tokens=tokens, eos_token_id=-1)
@@ -65,14 +65,16 @@ def theirs(load: str, few: bool = False) -> Any:
             raise RuntimeError(f"{count} tokens")
         return {"rate": count / seconds}
 
-    return turn
+    try:
+        yield turn
+    finally:
+        manager.stop(hard_stop=True)
 
 
 if __name__ == "__main__":
     load = sys.argv[1]
-    if sys.argv[2:] == ["tiny"]:
-        print(theirs(load, few=True)())
-    else:
-        once = theirs(load)
-        once()
-        answer(once)
+    few = [(prompt, 16) for prompt, _ in asked(load)[:4]]
+    with theirs(load) as turn:
+        print(turn(few), file=sys.stderr)  # compiles and captures
+        if sys.argv[2:] != ["tiny"]:
+            answer(lambda: turn(asked(load)))
