@@ -19,7 +19,6 @@ from jaxinfra.model import cache as kv
 from jaxinfra.model import rope
 from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
-from jaxinfra.model.params import Params
 from pallas_kernels import decode_layer as fused
 from pallas_kernels import page_write
 from pallas_kernels.paged_attention import append, paged_attention
@@ -91,7 +90,7 @@ def forward(
     ropes = [rope.table(config.rope, config.head_dim, positions[None])]
     if config.rope_local is not None:
         ropes.append(rope.table(config.rope_local, config.head_dim, positions[None]))
-    x = model.embed(cast(Params, params), config, tokens[None])
+    x = model.embed(params.embed, config, tokens[None])
     grown = []
     for i, (layer, pages) in enumerate(zip(params.layers, pool, strict=True)):
         window = config.window(i)
@@ -149,7 +148,7 @@ def _one_token(
 ) -> tuple[Float[Array, "1 D"], tuple[LayerPages, ...]]:
     """`forward` of one token, a kernel a layer."""
     cos, sin = (a[0, 0, 0] for a in rope.table(config.rope, config.head_dim, positions[None]))
-    embedded = model.embed(cast(Params, params), config, tokens[None])[0, 0]
+    embedded = model.embed(params.embed, config, tokens[None])[0, 0]
     facts = jnp.concatenate([lengths, slots])
     x, count = embedded.astype(jnp.float32), fused.counters(config.num_kv_heads)
     grown = []

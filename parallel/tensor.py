@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxinfra.model import transformer
 from jaxinfra.model.config import ModelConfig
-from jaxinfra.model.params import Params
 from parallel.mesh import Axis, ensure_varying, index, size, varying
 
 TP = Axis.TP.value
@@ -56,11 +55,10 @@ def embed(
 ) -> Float[Array, "B t D"]:
     """Embeddings from a table cut by vocabulary: words of other devices give zeros to the sum."""
     if size(TP) == 1:
-        return transformer.embed(Params(table, None, None), config, tokens)  # pyright: ignore
+        return transformer.embed(table, config, tokens)
     here = tokens - index(TP) * table.shape[0]
     own = (here >= 0) & (here < table.shape[0])
-    rows = Params(table, None, None)  # pyright: ignore[reportArgumentType]
-    x = transformer.embed(rows, config, jnp.where(own, here, 0))
+    x = transformer.embed(table, config, jnp.where(own, here, 0))
     return leave(jnp.where(own[..., None], x, jnp.zeros_like(x)), sequence)
 
 

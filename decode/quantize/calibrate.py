@@ -124,10 +124,10 @@ def _kept(x: Float[Array, "B T ..."]) -> Inputs:
 class Calibration:
     """Windows of text on their way through the layers, a batch at a time."""
 
-    def __init__(self, embed: Any, config: ModelConfig, tokens: Int[Array, "n T"], batch: int = 4):
+    def __init__(self, table: Any, config: ModelConfig, tokens: Int[Array, "n T"], batch: int = 4):
         self._config = config
         self._x = [
-            model.embed(embed, config, jnp.asarray(tokens[i : i + batch]))
+            model.embed(table, config, jnp.asarray(tokens[i : i + batch]))
             for i in range(0, len(tokens), batch)
         ]
 

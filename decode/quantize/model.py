@@ -61,7 +61,7 @@ def quantize(
     if method != "rtn":
         if tokens is None:
             raise UserError(f"quantize: {method} needs text to calibrate on")
-        calibration = Calibration(params, config, tokens)
+        calibration = Calibration(params.embed, config, tokens)
     layers = []
     for i in range(config.num_layers):
         layer = layer_of(params.layers, i)

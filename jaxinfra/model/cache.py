@@ -189,7 +189,7 @@ def extend(
     ropes = [rope.table(config.rope, config.head_dim, positions)]
     if config.rope_local is not None:
         ropes.append(rope.table(config.rope_local, config.head_dim, positions))
-    x = model.embed(cast(Params, params), config, tokens)
+    x = model.embed(params.embed, config, tokens)
     write = _write_slice if along_memory() or T > 1 else _write_one
     windows = [config.window(i) for i in range(config.num_layers)]
     # What layers of a window share: its rotation and, of one token, the keys that it sees.

@@ -90,9 +90,11 @@ def residual(x: Array, out: Array, post_norm: Array | None, config: ModelConfig)
     return x + (out if post_norm is None else norm(out, post_norm, config))
 
 
-def embed(params: Params, config: ModelConfig, tokens: Int[Array, "B T"]) -> Array:
-    """Token embeddings [B,T,D], scaled where the family does."""
-    x = _look_up(params.embed, tokens)
+def embed(
+    table: Float[Array, "V D"], config: ModelConfig, tokens: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Token embeddings, scaled where the family does."""
+    x = _look_up(table, tokens)
     if config.embed_scale is not None:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x
@@ -244,7 +246,7 @@ def _layers(
     if remat == "full":
         block = jax.checkpoint(block, prevent_cse=apart)
     windows = _window_array(config)
-    x = embed(params, config, tokens)
+    x = embed(params.embed, config, tokens)
     x, (balance, kept) = jax.lax.scan(block, x, (params.layers, windows), unroll=unroll)
     return norm(x, params.final_norm, config), balance, kept
 

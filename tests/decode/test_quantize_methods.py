@@ -60,7 +60,7 @@ def test_awqs_factors_alone_change_nothing(monkeypatch):
     monkeypatch.setattr(awq, "_search", roots)
     model, text = untrained()
     layer = layer_of(model.params.layers, 0)
-    calibration = Calibration(model.params, CONFIG, text[:4])
+    calibration = Calibration(model.params.embed, CONFIG, text[:4])
     inputs = calibration.inputs(layer, 0)
     scaled, of_scaled = awq.scaled(layer, inputs, CONFIG, FOUR)
     assert np.abs(np.asarray(scaled.mlp.down) - np.asarray(layer.mlp.down)).max() > 0.01
@@ -68,7 +68,7 @@ def test_awqs_factors_alone_change_nothing(monkeypatch):
     for name in ("qkv", "o", "gate_up", "down"):
         told, found = getattr(of_scaled, name).gram, getattr(again, name).gram
         assert np.abs(told - found).max() < 1e-3 * np.abs(found).max(), name
-    before, after = (Calibration(model.params, CONFIG, text[:4]) for _ in range(2))
+    before, after = (Calibration(model.params.embed, CONFIG, text[:4]) for _ in range(2))
     before.advance(layer, 0)
     after.advance(scaled, 0)
     scale = np.abs(before._x[0]).max()
