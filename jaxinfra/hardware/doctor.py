@@ -15,7 +15,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -140,7 +140,7 @@ def attention_choices(platform: str) -> list[Choice]:
 
 
 def other_choices(platform: str) -> list[Choice]:
-    """What a model's head takes in training, a policy's log-probabilities, attention over pages."""
+    """What a head takes in training, log-probabilities, and the kernels of an engine's step."""
     import jax.numpy as jnp
 
     from pallas_kernels import cross_entropy, paged_attention
@@ -155,6 +155,33 @@ def other_choices(platform: str) -> list[Choice]:
         Choice("attention over pages, bfloat16", *pages),
         Choice("head and loss, bfloat16, by blocks of rows", *loss),
         Choice("log-probabilities of tokens, bfloat16", *logps),
+        *_engine_choices(platform),
+    ]
+
+
+def _engine_choices(platform: str) -> list[Choice]:
+    """What has one kernel and no list to choose from: Triton's, or what XLA makes of it."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import decode_layer, quantised_matmul, shards, token_draw
+
+    weight = jax.ShapeDtypeStruct((), jnp.bfloat16)  # of a layer's the dtype is asked
+    layer = decode_layer.LayerWeights(*[cast(jax.Array, weight)] * 6)
+    refusals = {
+        "a layer for one token, bfloat16": decode_layer.supported(
+            layer, (1000, 8, 16, 128), jnp.bfloat16, platform=platform
+        ),
+        "drawing tokens": token_draw.supported((256, 151936), platform=platform),
+        "weights of 8 or 4 bits, 16 rows": quantised_matmul.supported(
+            "triton", jnp.bfloat16, rows=16, group=128, platform=platform
+        ) or shards.refusal(),
+    }  # fmt: skip
+    return [
+        Choice(what, "xla", f"triton: {refusal}")
+        if refusal
+        else Choice(what, "triton", "the kernel takes the call")
+        for what, refusal in refusals.items()
     ]
 
 

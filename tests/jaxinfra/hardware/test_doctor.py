@@ -74,6 +74,22 @@ def test_attention_takes_what_the_kernels_say(monkeypatch):
     assert gpu["attention, 4,096 tokens, float32"] == "chunked"
 
 
+def engine(platform: str) -> dict[str, str]:
+    return {c.operation: c.implementation for c in doctoring.other_choices(platform)[3:]}
+
+
+def test_an_engines_step_takes_tritons_kernels_on_one_gpu_that_has_them(monkeypatch):
+    steps = ("a layer for one token, bfloat16", "drawing tokens", "weights of 8 or 4 bits, 16 rows")
+    assert engine("cpu") == dict.fromkeys(steps, "xla")
+    monkeypatch.setattr("pallas_kernels._triton_compat.missing", lambda: None)
+    monkeypatch.setattr("pallas_kernels._triton_compat.capability", lambda: 90)
+    assert engine("gpu") == dict.fromkeys(steps, "xla")  # of eight devices
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    assert engine("gpu") == dict.fromkeys(steps, "triton")
+    monkeypatch.setattr("pallas_kernels._triton_compat.capability", lambda: 75)
+    assert engine("gpu") == dict.fromkeys(steps, "xla")
+
+
 def test_chips_are_described():
     gpu = Device("NVIDIA H200", "gpu", 10**11, "9.0")
     assert "H200: " in doctoring._chip((gpu,)) and "989 TFLOP/s" in doctoring._chip((gpu,))
