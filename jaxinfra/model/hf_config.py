@@ -21,6 +21,9 @@ _ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
 }
 
+_SWITCHES = ("attention_bias", "mlp_bias", "norm_topk_prob", "tie_word_embeddings",
+             "use_bidirectional_attention", "use_sliding_window")  # fmt: skip
+
 
 def read(raw: Mapping[str, Any]) -> ModelConfig:
     """The model that the dictionary describes; a UserError says what it lacks or has wrong."""
@@ -42,6 +45,9 @@ def read(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _read(family: str, raw: Mapping[str, Any]) -> ModelConfig:
+    for switch in _SWITCHES:
+        if not isinstance(value := raw.get(switch), bool | None):
+            raise UserError(f"config: {switch}={value!r} must be true or false")
     d_model, num_heads = raw["hidden_size"], raw["num_attention_heads"]
     head_dim = raw.get("head_dim")
     if head_dim is None:
