@@ -3,17 +3,21 @@
     python -m benchmarks.train_vs_transformers            # about five minutes on one H200
 
 Same shape, same batch, random tokens, float32 master weights with bfloat16 computation, AdamW with
-clipping, no dropout. The two take turns in processes of their own (ours, theirs, ours, theirs), so
-that each has the whole memory and a drift of the clocks falls on both. A step is timed from its
+clipping, no dropout. They take turns in processes of their own (ours, theirs, ours, theirs), so
+that each has the whole memory and a drift of the clocks falls on both; where jax-triton is
+installed, so does this project with norms and rotation by Triton kernels. A step is timed from its
 call until its loss has arrived; the batches are on the device before.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 from benchmarks.turns import Contestant, answer
@@ -37,8 +41,8 @@ def timed(step: Callable[[int], float]) -> dict:
     return {"seconds": seconds, "first_step": first, "loss": loss}
 
 
-def ours() -> None:
-    """One turn of this project."""
+def ours(norms: str | None = None) -> None:
+    """One turn of this project, norms and rotation by an implementation of theirs."""
     import jax
     import numpy as np
 
@@ -48,7 +52,7 @@ def ours() -> None:
     from jaxinfra.train.optimizer import make_optimizer, schedule
     from jaxinfra.train.step import TrainState, make_step
 
-    config = PRESETS[MODEL]
+    config = dataclasses.replace(PRESETS[MODEL], norms=norms)
     hyper = OptimizerConfig(learning_rate=1e-4)
     optimizer = make_optimizer(hyper, steps=1000)
     step = make_step(
@@ -129,11 +133,13 @@ def main() -> None:
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     env["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
     peer = Contestant("benchmarks.train_vs_transformers", "theirs")
-    rounds: dict[str, list[dict]] = {"ours": [], "theirs": []}
+    mine = ["ours", *["triton"] * (importlib.util.find_spec("jax_triton") is not None)]
+    rounds: dict[str, list[dict]] = {name: [] for name in [*mine, "theirs"]}
     for _ in range(ROUNDS):
-        project = Contestant("benchmarks.train_vs_transformers", "ours", **env)
-        rounds["ours"].append(project.turn())
-        project.close()
+        for name in mine:
+            project = Contestant("benchmarks.train_vs_transformers", name, **env)
+            rounds[name].append(project.turn())
+            project.close()
         rounds["theirs"].append(peer.turn())
         for name, results in rounds.items():
             rate = BATCH * SEQ_LEN / median(results[-1]["seconds"])
@@ -160,7 +166,10 @@ def record(rounds: dict[str, list[dict]]) -> None:
     flops = train_flops_per_token(PRESETS[MODEL], SEQ_LEN) * tokens / ours
     peak = chip.flops["bfloat16"]
     assert peak is not None
-    names = {"ours": "jaxinfra", "theirs": "transformers, torch.compile, SDPA, autocast"}
+    names = {
+        "ours": "jaxinfra", "triton": "jaxinfra, norms and rotation by Triton",
+        "theirs": "transformers, torch.compile, SDPA, autocast",
+    }  # fmt: skip
     entry = Entry(
         name="train-qwen3-0-6b",
         claim=f"Training the Qwen3-0.6B shape, {BATCH} x {SEQ_LEN:,} tokens a step, one GPU",
@@ -186,4 +195,5 @@ def record(rounds: dict[str, list[dict]]) -> None:
 
 
 if __name__ == "__main__":
-    {"ours": ours, "theirs": theirs}.get(sys.argv[-1], main)()
+    sides = {"ours": ours, "triton": partial(ours, "triton"), "theirs": theirs}
+    sides.get(sys.argv[-1], main)()

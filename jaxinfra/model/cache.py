@@ -35,7 +35,7 @@ from jaxinfra.model import quantized, rope
 from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import MLP, Layer, Leaf, Params
-from pallas_kernels.flash_attention import attention
+from pallas_kernels import attention, rms_norm
 
 
 @struct.dataclass
@@ -271,7 +271,8 @@ def queries_keys_values(
     qk = qk.astype(jnp.float32)
     if config.qk_norm:
         weights = [jnp.broadcast_to(attn.q_norm, (N, H)), jnp.broadcast_to(attn.k_norm, (K, H))]
-        qk = model.norm(qk, jnp.concatenate(weights), config)
+        by_head = jnp.concatenate(weights)
+        qk = rms_norm(qk, by_head, eps=config.norm_eps, plus_one=config.norm_plus_one)
     qk = rope.rotate(qk, cos_sin).astype(x.dtype)
     return [*jnp.split(qk, [N], axis=2), v]
 

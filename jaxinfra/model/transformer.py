@@ -37,7 +37,13 @@ def norm(
     x: Float[Array, "*rows D"], weight: Float[Array, "*#rows D"], config: ModelConfig
 ) -> Float[Array, "*rows D"]:
     """RMSNorm in x's dtype, computed in float32: so is the weight's gradient."""
-    return rms_norm(x, weight, eps=config.norm_eps, plus_one=config.norm_plus_one)
+    return rms_norm(x, weight, **_options(config))
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "eps": config.norm_eps, "plus_one": config.norm_plus_one, "implementation": config.norms
+    }  # fmt: skip
 
 
 def add_norm(
@@ -45,7 +51,7 @@ def add_norm(
 ) -> tuple[Array, Array]:
     """`residual`, and the next block's `norm` of it."""
     out = out if post_norm is None else norm(out, post_norm, config)
-    return add_rms_norm(x, out, weight, eps=config.norm_eps, plus_one=config.norm_plus_one)
+    return add_rms_norm(x, out, weight, **_options(config))
 
 
 def activation(config: ModelConfig) -> Callable[[Array], Array]:
@@ -70,7 +76,7 @@ def rotate_qk(
 ) -> tuple[Array, Array]:
     """Queries and keys after their norms (where the family has them) and rotation."""
     norms = (attn.q_norm, attn.k_norm) if config.qk_norm else ()
-    return norm_rope(q, k, *cos_sin, *norms, eps=config.norm_eps, plus_one=config.norm_plus_one)
+    return norm_rope(q, k, *cos_sin, *norms, **_options(config))
 
 
 def feed_forward(

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfra.model.config import ModelConfig
+from jaxinfra.model.params import init
+from jaxinfra.model.transformer import hidden
 from tests.pallas_kernels import test_norm_rope, test_rms_norm, triton_process
 from tests.pallas_kernels.test_triton import interpreted, on_cuda
 
@@ -104,6 +107,20 @@ def test_mapped_plain_mathematics_takes_the_kernels_place(of):
     for arrays, axes in of.mapped():
         got, want = (jax.jit(jax.vmap(f, axes))(*arrays) for f in (kernels, of.slopes))
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, want)
+
+
+@pytest.mark.usefixtures("tpu")
+def test_a_model_runs_what_its_config_names():
+    config = ModelConfig("qwen3", vocab_size=32, num_layers=1, d_model=32, num_heads=2,
+                         num_kv_heads=1, head_dim=128, d_ff=32, qk_norm=True)  # fmt: skip
+    params, tokens = init(jax.random.key(0), config), jnp.arange(6)[None]
+
+    def run(config):
+        return lambda params: hidden(params, config, tokens)[0]
+
+    named = run(dataclasses.replace(config, norms="mosaic_tpu"))
+    assert str(jax.make_jaxpr(named)(params)).count("pallas_call") == 4  # two norms, rotation, last
+    np.testing.assert_allclose(jax.jit(named)(params), jax.jit(run(config))(params), atol=2e-5)
 
 
 if __name__ == "__main__":
