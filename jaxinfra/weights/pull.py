@@ -35,7 +35,7 @@ from jaxinfra.weights.index import INDEX, weight_map
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 _HUB_TIMEOUT = 5.0  # seconds until a hub that does not answer counts as out of reach
-_PIP_TIMEOUT = 120.0
+_PIP_TIMEOUT = 300.0  # of all that pip does; a silent network it gives up by itself
 _LONGEST_ID = 96  # of the hub's ids, in characters
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
