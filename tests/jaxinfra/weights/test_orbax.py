@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -139,3 +140,46 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the disk is full: .* \(No space left on device\)"):
         own.save(tmp_path / "model", random_params(config), config)
     assert not list(tmp_path.iterdir())
+
+
+_MEASURE = """
+    import sys
+    import jax, jax.numpy as jnp
+    import orbax.checkpoint as ocp
+    from jaxinfra.weights import orbax as own
+
+    def status(key):
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    folder, how = sys.argv[1:]
+    jnp.zeros(8).block_until_ready()
+    before = status("VmRSS")
+    if how == "by arrays":
+        params = own.load(folder, jnp.bfloat16)
+    else:
+        item = ocp.args.Composite(params=ocp.args.PyTreeRestore())
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            stored = checkpointer.restore(folder, item).params
+        params = jax.tree.map(lambda array: array.astype(jnp.bfloat16), stored)
+    print((status("VmHWM") - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_peak_memory_is_within_a_third_of_the_model(tmp_path):
+    """Of a process of its own; the model's 300 MB are noise, which compression leaves as large."""
+    config = CONFIGS["llama"].replace(
+        vocab_size=32_000, d_model=1024, num_heads=16, num_kv_heads=16, head_dim=64,
+        d_ff=4096, num_layers=5,
+    )  # fmt: skip
+    own.save(tmp_path / "model", random_params(config, jnp.bfloat16), config)
+
+    def peak(how: str) -> float:
+        command = [sys.executable, "-c", textwrap.dedent(_MEASURE), str(tmp_path / "model"), how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+
+    assert 0.9 < peak("by arrays") < 1.3
+    assert peak("all at once") > 1.5
