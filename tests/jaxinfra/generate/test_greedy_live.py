@@ -47,10 +47,6 @@ def prompts_and_models():
         path = next(path.glob("*.gguf"), path)
     if path.is_dir():
         pytest.skip("the pulled model is not a GGUF")
-    # MKL's first cosine in a process is off by 1.5e-4 where several threads ask for it at once, and
-    # logits then by as much (github.com/pytorch/pytorch/issues/188792): one thread asks here.
-    for first in (torch.cos, torch.sin):
-        first(torch.zeros(1))
     config, params = load_weights(path, jnp.float32)
     tokenizer = Tokenizer.from_gguf(path)
     ids = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in PROMPTS[::2]]

@@ -68,7 +68,6 @@ def test_memory_is_what_this_process_held():
 
 
 def test_tensorboard_reads_what_was_written(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for start, value in ((0, 5.0), (1, 4.0)):  # the second run resumes after step 1
