@@ -18,6 +18,8 @@ from agent.spec import Agent
 from agent.tools import Context, Tool, ToolFailed, as_text, tool
 from jaxinfra.errors import UserError
 
+_ANSWER = 600.0  # seconds without a byte of an answer
+
 
 def a2a_app(agent: Agent, store: Store, url: str) -> Any:
     """An ASGI application: the agent's card, and JSON-RPC at /. `url` is where others reach it."""
@@ -84,7 +86,7 @@ def a2a_tool(url: str, name: str, **options: Any) -> Tool:
         texts: list[str] = []
         state = None
         # An answer is a whole run, of which httpx's own limit would see five seconds.
-        patient = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=30.0))
+        patient = httpx.AsyncClient(timeout=httpx.Timeout(_ANSWER, connect=30.0))
         try:
             async with patient:
                 config = ClientConfig(streaming=False, httpx_client=patient)

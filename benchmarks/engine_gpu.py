@@ -8,8 +8,7 @@ once, seed 0, 142,827 tokens of prompts and 133,966 to answer at temperature 0.6
 `single` is one request, a prompt of 128 and 512 greedy tokens. Rates are output tokens over the
 wall from the first request handed over to the last token; compilation and one warm-up turn are
 outside it, and told apart. Transformers' continuous batching has two turns behind ours, in the same
-run (`benchmarks.engine_gpu_peer`; four requests on one H200 went at 30 tokens/s, a whole load was
-not yet waited for); ours are written down before.
+run (`benchmarks.engine_gpu_peer`; a whole load was not yet waited for); ours are written before.
 """
 
 from __future__ import annotations

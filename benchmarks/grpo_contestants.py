@@ -37,7 +37,7 @@ TRL: dict[str, dict[str, Any]] = {
 
 
 class Phases:
-    """The steps of one turn, some without EOS and then some with; a first quick one is dropped."""
+    """The steps of one turn, some without EOS and then some with; the first one is dropped."""
 
     def __init__(self) -> None:
         self.begin()
@@ -56,9 +56,8 @@ class Phases:
         return None
 
     def add(self, phase: str, seconds: float, tokens: float) -> None:
-        """Counts a step. A turn's first one also takes back memory that was given up after the last
-        turn; a step of many seconds counts all the same, to save the time of another."""
-        if not self._first or seconds >= SECONDS:
+        """Counts a step. A turn's first one also takes back memory given up after the last turn."""
+        if not self._first:
             self.seconds[phase].append(seconds)
             self.tokens[phase].append(tokens)
         self._first = False
@@ -253,10 +252,6 @@ def theirs(shape: str, folder: Path, how: str) -> None:
         trainer.eos_token_ids = trainer.generation_config.eos_token_id = ids
         trainer.generation_kwargs["eos_token_id"] = ids
 
-    def set_length(tokens: int) -> None:
-        trainer.max_completion_length = trainer.generation_config.max_new_tokens = tokens
-        trainer.generation_kwargs["max_new_tokens"] = tokens
-
     def turn() -> dict:
         asked.put(True)
         return told.get()
@@ -280,8 +275,7 @@ def theirs(shape: str, folder: Path, how: str) -> None:
             length = trainer._metrics["train"]["completions/mean_length"][-1]
             if self.warm:
                 phases.add(self.phase, seconds, float(length))
-            else:  # the step before the first turn
-                set_length(NEW)
+            else:  # the step before the first turn, whose kernels and graphs are made
                 threading.Thread(target=serve, args=(turn,), daemon=True).start()
             if not self.warm or phases.stop is None:
                 peak = cuda.max_memory_allocated() if cuda.is_available() else None
@@ -290,7 +284,6 @@ def theirs(shape: str, folder: Path, how: str) -> None:
                     told.put(phases.result(peak_bytes=peak))
                 self.waiting = self.warm = True
 
-    set_length(8)  # of the step before the first turn
     trainer.add_callback(TakeTurns())
     trainer.train()
 

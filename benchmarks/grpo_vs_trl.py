@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.grpo_contestants import GO, GROUP, NEW, OURS, PROMPT, PROMPTS, TRL
+from benchmarks.grpo_contestants import GO, GROUP, MEAN_LENGTH, NEW, OURS, PROMPT, PROMPTS, TRL
 from benchmarks.turns import Contestant
 
 MODULE = "benchmarks.grpo_contestants"
@@ -133,6 +133,9 @@ def record(shape: str, turns: Told, out: Path) -> None:
             f"rollout alone {alone:.3f} s; traced in {turns[OURS][0]['trace_s']:.0f} s, "
             f"compiled in {turns[OURS][0]['compile_s']:.0f} s"
         )
+        if phase == "on" and tokens[OURS] > 2 * MEAN_LENGTH:
+            print(f"EOS on, and answers of {tokens[OURS]:.0f} tokens: not written")
+            continue
         mine, other = samples[OURS], samples.get(peers[0], []) if peers else []
         work = train_flops_per_token(model, PROMPT + NEW) * answers * (PROMPT + NEW)
         floor = work / (chip.flops["bfloat16"] or float("inf"))

@@ -112,7 +112,7 @@ class ModelConfig:
     experts: Experts | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    norms: str | None = None  # what runs them and rotation: one of rms_norm's IMPLEMENTATIONS
+    norms: str | None = None  # what runs them, and rotation in training: of IMPLEMENTATIONS
 
     def __post_init__(self) -> None:
         _whole("", self, "vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads",

@@ -109,9 +109,11 @@ class _Events:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        made: tuple[Any, Any] = event_pb2, summary_pb2  # on import, out of a type checker's sight
+        events, summaries = made
+        self._event, self._summary = events.Event, summaries.Summary
         self._writer = EventFileWriter(str(folder))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = events.SessionLog(status=events.SessionLog.START)
         self._add(step=step + 1, session_log=start)  # tells to purge what was written past here
 
     def write(self, row: dict[str, Any]) -> None:

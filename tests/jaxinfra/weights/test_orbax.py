@@ -38,6 +38,15 @@ def test_save_then_load_gives_the_same_bits(tmp_path, family):
     )
 
 
+@pytest.mark.parametrize(("rows", "chunk"), [(64 * 1031, 8 * 1031), (2053, 2053)])
+def test_large_arrays_lie_in_chunks_unless_they_would_be_single_rows(tmp_path, rows, chunk):
+    config = dataclasses.replace(CONFIGS["qwen3"], vocab_size=rows)
+    own.save(tmp_path / "model", random_params(config, jnp.bfloat16), config)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        held = checkpointer.metadata(tmp_path / "model" / "params").item_metadata
+    assert held.tree["embed"].storage.chunk_shape == (chunk, config.d_model)
+
+
 def test_arrays_land_where_the_sharding_says_in_the_dtype_asked_for(tmp_path):
     config = CONFIGS["qwen3"]
     params = random_params(config, jnp.bfloat16)
