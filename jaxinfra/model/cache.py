@@ -31,7 +31,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfra.errors import UserError
-from jaxinfra.model import quantized, rope
+from jaxinfra.model import matrix_first, quantized, rope
 from jaxinfra.model import transformer as model
 from jaxinfra.model.config import ModelConfig
 from jaxinfra.model.params import MLP, Layer, Leaf, Params
@@ -137,7 +137,8 @@ def project(
     if isinstance(w, quantized.QuantizedMatrix):
         return quantized.product(x, w, dtype)
     if x.shape[0] * x.shape[1] > 1 or not along_memory():
-        return jnp.einsum("bti,oi->bto", x, w, preferred_element_type=dtype)
+        y = matrix_first.product(x.reshape(-1, x.shape[-1]), w, dtype)
+        return y.reshape(*x.shape[:2], -1)
     return jnp.sum(x.astype(jnp.float32) * w.astype(jnp.float32), axis=-1)[None].astype(dtype)
 
 

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from jaxinfra.model import matrix_first
 from pallas_kernels import weight_matmul
 from pallas_kernels.quantised_matmul.formats import unpack
 
@@ -110,7 +111,7 @@ def product(x: Float[Array, "B T i"], w: QuantizedMatrix, dtype: Any) -> Float[A
         y = weight_matmul(rows, w.values, w.scales, dtype=dtype)
     else:
         matrix = dequantize(w).astype(x.dtype)
-        y = jnp.einsum("ri,oi->ro", rows, matrix, preferred_element_type=jnp.float32)
+        y = matrix_first.product(rows, matrix, jnp.float32)
     return y.reshape(*x.shape[:2], -1).astype(dtype)
 
 
@@ -139,7 +140,10 @@ def _by_integers(x: Float[Array, "r i"], w: QuantizedMatrix) -> Float[Array, "r 
     steps = x / step[..., None]
     coarse = jnp.round(steps)
     parts = jnp.concatenate([coarse, jnp.round((steps - coarse) * 254)], axis=1).astype(jnp.int8)
-    sums = jnp.einsum("gpn,gon->gpo", parts, w.values, preferred_element_type=jnp.int32)
+    if g == 1:
+        sums = matrix_first.product(parts[0], w.values[0], jnp.int32)[None]
+    else:
+        sums = jnp.einsum("gpn,gon->gpo", parts, w.values, preferred_element_type=jnp.int32)
     sums = sums.astype(jnp.float32)
     sums = (sums[:, :r] + sums[:, r:] / 254) * step[..., None] * w.scales[:, None]
     return jnp.sum(sums, axis=0)
