@@ -78,8 +78,9 @@ def ids_of_prompts(vocab_size: int, rows: int) -> list[list[int]]:
 def weights(shape: str, folder: Path) -> None:
     """Writes random weights with which a random answer has about MEAN_LENGTH tokens.
 
-    Where it ends is decided by the stop token's row alone: a length of the mean hidden state's
-    direction, found so that answers of random tokens, which such weights draw, end as wanted.
+    Embeddings get a part in common, and hidden states with them, which alone would hardly have one:
+    it shifts all logits alike. The stop token's row is a length of the mean state's direction
+    instead, found so that answers of random tokens, which such weights draw, end as wanted.
     """
     import jax
     import jax.numpy as jnp
@@ -92,6 +93,9 @@ def weights(shape: str, folder: Path) -> None:
 
     config = PRESETS[shape]
     params = jax.jit(init, static_argnums=(1, 2))(jax.random.key(0), config, jnp.bfloat16)
+    same = jax.random.normal(jax.random.key(1), (config.d_model,))
+    same *= 2 * jnp.linalg.norm(params.embed, axis=1).mean() / jnp.linalg.norm(same)
+    params = params.replace(embed=params.embed + same.astype(jnp.bfloat16))
 
     @jax.jit
     def states(params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,10 +103,11 @@ def weights(shape: str, folder: Path) -> None:
         others = jax.nn.logsumexp(transformer.head(params, config, x), axis=-1)
         return x.astype(jnp.float32), others
 
-    rows = np.random.default_rng(1).integers(0, config.vocab_size, (8, PROMPT + NEW - 1))
+    rows = np.random.default_rng(1).integers(0, config.vocab_size, (16, PROMPT + NEW - 1))
     x, others = map(np.asarray, states(params, jnp.asarray(rows, jnp.int32)))
-    middle = x.mean(axis=(0, 1))
+    middle = x[:8].mean(axis=(0, 1))
     direction = middle / np.linalg.norm(middle)
+    x, others = x[8:], others[8:]  # a direction fits the states best that it was made of
 
     def length(scale: float) -> float:
         ends = np.exp(-np.logaddexp(0, others - scale * (x @ direction)))
