@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from pallas_kernels.paged_attention.rows import places
 
 CHUNK = 128  # keys
+FEW_PAGES = 16
 LARGEST_BLOCK = 64  # queries
 INVARIANT = 8
 
@@ -77,12 +78,26 @@ class _Pages:
 
     def of(self, table: Int[Array, "*R M"]) -> Float[Array, "*R K S H"]:
         """The pages of a table by heads, S = M page; any number in the table is some page."""
-        index = jnp.clip(table, 0, self.P - 1)[..., None, :] * self.K
+        table = jnp.clip(table, 0, self.P - 1)
+        if table.ndim == 1 and table.shape[0] <= FEW_PAGES:
+            return self._one_by_one(table)
+        index = table[..., None, :] * self.K
         index += jnp.arange(self.K, dtype=jnp.int32)[:, None]
         taken = self._numbers[index].astype(jnp.float32)
         if self._scales is not None:
             taken *= self._scales[index][..., None]
         return taken.reshape(*index.shape[:-1], -1, taken.shape[-1])
+
+    def _one_by_one(self, table: Int[Array, " M"]) -> Float[Array, "K S H"]:
+        """By slices: XLA:CPU gathers number by number, which made a step 2.5 times as long."""
+
+        def taken(pages: Array) -> Array:
+            return jnp.concatenate(
+                [lax.dynamic_slice_in_dim(pages, n * self.K, self.K) for n in table], axis=1
+            )
+
+        numbers = taken(self._numbers).astype(jnp.float32)
+        return numbers if self._scales is None else numbers * taken(self._scales)[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
