@@ -11,7 +11,7 @@ TRITON ?= triton==3.6.0
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 
-.PHONY: help tour test slow parity chips check bench tables docs clean
+.PHONY: help tour test slow parity frameworks chips check bench tables docs clean
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
@@ -42,10 +42,13 @@ test: $(VENV)/.test   ## the tests, on eight emulated CPU devices
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not live and not network and not chips' $(ARGS)
 
 slow: $(VENV)/.test   ## the tests that take longer: whole grids, training to a bound, kills
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not live and not network and not chips' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'slow and not live and not network and not chips and not frameworks' $(ARGS)
 
 parity: $(VENV)/.torch   ## the tests that compare with PyTorch and transformers, compile Triton, and use real weights
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'live or network' $(ARGS)
+
+frameworks: $(VENV)/.test   ## the tests that install other agent frameworks, Inspect and BFCL in environments of their own
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m frameworks tests/agent $(ARGS)
 
 # ARGS='-m chips' adds the slow ones: every kernel's whole grid, more of the planner's peaks.
 # A program for a chip that is not here cannot be read back from the cache of compiled programs.

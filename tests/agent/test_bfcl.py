@@ -16,7 +16,7 @@ from agent.scripted import ScriptedModel
 from agent.spec import Agent
 from jaxinfra.errors import UserError
 
-pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.frameworks, pytest.mark.slow, pytest.mark.timeout(2400)]
 SIZES = {"simple_python": 400, "multiple": 200, "irrelevance": 240, "live_multiple": 1053,
          "live_relevance": 16, "multi_turn_base": 200}  # fmt: skip
 

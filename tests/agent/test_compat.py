@@ -14,7 +14,7 @@ import pytest
 from agent.evaluate.environment import environment
 from tests.agent.random_model import write
 
-pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.frameworks, pytest.mark.slow, pytest.mark.timeout(2400)]
 CLIENTS = Path(__file__).with_name("clients")
 FRAMEWORKS = {
     "openai_agents": ("openai-agents==0.24.0",),

@@ -23,7 +23,7 @@ def no_namespaces() -> str | None:
         return str(error)
 
 
-@pytest.mark.network
+@pytest.mark.frameworks
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # installing Inspect is most of it
 @pytest.mark.skipif(bool(no_namespaces()), reason=f"{no_namespaces()}")
